@@ -1,0 +1,94 @@
+"""The ``torch.compile`` backend: read Dynamo's graph, plan, rewrite, hand on to Inductor."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fusion_backend import options as opt
+from fusion_backend import rewrite
+from fusion_backend.patterns.site import Site
+from fusion_backend.plan import Decision, make_plan
+from fusion_backend.report import describe
+
+log = logging.getLogger(__name__)
+
+
+def fused_post(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+    """Compile ``gm`` with Inductor, its transposed convolutions and their pointwise tails folded.
+
+    ``mode`` and ``options`` are those of ``torch.compile``; ``options`` takes every option of Inductor and our own:
+
+    ``"fused_post.kernel"``  "auto" (default), "epilogue" or "inductor": which implementation the sites get
+    ``"fused_post.strict"``  False (default) or True: raise our own mistakes instead of logging them
+
+    Raises ValueError on an unknown key or value.
+    """
+    options, rest = opt.parse(kwargs.get("options"))
+    inductor = opt.inductor(kwargs.get("mode"), rest)
+    try:
+        fused = fuse(gm, options)
+    except Exception:
+        if options.strict:
+            raise
+        log.exception(
+            "a mistake in fused_post; the graph goes to Inductor as you wrote it, and your model runs. "
+            "Please report this traceback as a bug"
+        )
+        return inductor(gm, example_inputs)  # type: ignore[no-any-return]
+    try:
+        return inductor(gm, example_inputs)  # type: ignore[no-any-return]
+    except Exception as error:
+        if options.strict or not fused.has_kernels:
+            raise
+        log.warning("a kernel of fused_post did not compile; the graph goes to Inductor as you wrote it: %s", error)
+        fused.undo()
+        return inductor(gm, example_inputs)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A graph module that was rewritten according to ``plan``, and the graphs it had before."""
+
+    plan: tuple[Decision, ...]
+    originals: dict[fx.GraphModule, fx.Graph]
+
+    @property
+    def has_kernels(self) -> bool:
+        return any(decision.kernel not in (None, "inductor") for decision in self.plan)
+
+    def undo(self) -> None:
+        for module, graph in self.originals.items():
+            module.graph = graph
+
+
+def fuse(gm: fx.GraphModule, options: opt.Options) -> Fused:
+    """Rewrite ``gm`` in place according to its plan. On an exception ``gm`` is as it was."""
+    plan = make_plan(gm, options)
+    log.debug("%s", describe(plan))
+    sites = [(found, kernel) for found, kernel in ((d.found, d.kernel) for d in plan) if isinstance(found, Site) and kernel]
+    modules = {found.convolution.node.graph.owning_module for found, _ in sites}
+    fused = Fused(plan, {module: copy.deepcopy(module.graph) for module in modules})
+    try:
+        count = sum(rewrite.use_epilogue(site) if kernel == "epilogue" else rewrite.fold(site) for site, kernel in sites)
+        for module in modules if count else ():
+            module.graph.lint()
+            module.recompile()
+    except Exception:
+        fused.undo()
+        raise
+    log.info("%d transposed convolutions, %d matched, %d rewritten", len(plan), len(sites), count)
+    return fused
+
+
+def _reset() -> None:
+    """What ``torch._dynamo.reset()`` calls: Inductor drops its CUDA graphs."""
+    opt.inductor(None, {}).reset()  # type: ignore[attr-defined]
+
+
+fused_post.reset = _reset  # type: ignore[attr-defined]

@@ -1,0 +1,45 @@
+"""What a user may pass as ``mode=`` and ``options=``: everything Inductor takes, and our own keys beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+PREFIX = "fused_post."
+KERNELS = ("auto", "epilogue", "inductor")
+
+
+@dataclass(frozen=True)
+class Options:
+    """``kernel``: which implementation the sites get, one of ``KERNELS``. ``strict``: raise our own mistakes."""
+
+    kernel: str = "auto"
+    strict: bool = False
+
+
+def parse(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+    """Our options, and the rest, which is Inductor's. Raises ValueError on a key or a value of ours that is unknown."""
+    ours = {key: value for key, value in (options or {}).items() if key.startswith(PREFIX)}
+    rest = {key: value for key, value in (options or {}).items() if key not in ours}
+    known = [PREFIX + name for name in Options.__dataclass_fields__]
+    for key in ours:
+        if key not in known:
+            raise ValueError(f"unknown option {key!r}; fused_post's own options are {known}")
+    parsed = Options(**{key.removeprefix(PREFIX): value for key, value in ours.items()})
+    if parsed.kernel not in KERNELS:
+        raise ValueError(f"{PREFIX}kernel={parsed.kernel!r}; allowed are {list(KERNELS)}")
+    if not isinstance(parsed.strict, bool):
+        raise ValueError(f"{PREFIX}strict={parsed.strict!r}; allowed are True and False")
+    return parsed, rest
+
+
+def inductor(mode: str | None, options: Mapping[str, Any]) -> Callable[..., Any]:
+    """Inductor as ``torch.compile(mode=mode, options=options)`` would call it, with the checks that it makes."""
+    try:
+        return torch._TorchCompileInductorWrapper(mode, dict(options), dynamic=None)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        known = [PREFIX + name for name in Options.__dataclass_fields__]
+        raise ValueError(f"{error}; fused_post's own options are {known}") from error

@@ -1,0 +1,32 @@
+"""The plan for a graph: every transposed convolution in it, what it is, and what becomes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from fusion_backend.choice import Choice, choose
+from fusion_backend.options import Options
+from fusion_backend.patterns.site import Site, find_sites
+from fusion_backend.patterns.source import Miss
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What stands in the graph, and the implementation it gets (None for a Miss)."""
+
+    found: Site | Miss
+    choice: Choice | None
+
+    @property
+    def kernel(self) -> str | None:
+        return self.choice.kernel if self.choice else None
+
+
+def make_plan(module: fx.GraphModule, options: Options) -> tuple[Decision, ...]:
+    """One decision for each transposed convolution, in graph order. Changes nothing."""
+    return tuple(
+        Decision(found, choose(found, options.kernel) if isinstance(found, Site) else None)
+        for found in find_sites(module)
+    )

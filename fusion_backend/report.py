@@ -1,0 +1,80 @@
+"""What the backend does to a model, in words: one row for each transposed convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from fusion_backend.patterns.site import Site
+from fusion_backend.patterns.source import Miss, source_line
+from fusion_backend.plan import Decision
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of one transposed convolution.
+
+    ``matched``  whether a tail (be it only the bias) was found and folded
+    ``kernel``   "epilogue", "inductor", or None where the graph stays as the user wrote it
+    ``reason``   why this kernel, and why the tail goes no further; or why nothing was matched
+    ``equation`` the normal form of the tail, x being the convolution without its bias; "" for a miss
+    ``source``   file:line of the user's lines, the convolution's first
+    ``convolution`` channels and shape of the convolution
+    """
+
+    matched: bool
+    kernel: str | None
+    reason: str
+    equation: str
+    source: str
+    convolution: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every transposed convolution of a model, in graph order; prints as a table."""
+
+    sites: tuple[SiteReport, ...]
+
+    def __str__(self) -> str:
+        if not self.sites:
+            return "fused_post: no transposed convolution found"
+        matched = sum(site.matched for site in self.sites)
+        lines = [f"fused_post: {len(self.sites)} transposed convolution(s), {matched} folded"]
+        for number, site in enumerate(self.sites, 1):
+            rows = (
+                ("source", site.source),
+                ("tail", site.equation),
+                ("kernel", site.kernel or "none"),
+                ("reason", site.reason),
+            )
+            lines.append(f"{number:>3}  {'folded' if site.matched else 'missed'}  {site.convolution}")
+            lines.extend(f"       {name:<7} {text}" for name, text in rows if text)
+        return "\n".join(lines)
+
+
+def describe(decisions: Iterable[Decision]) -> Report:
+    """The report on a plan, read off the graph before it is rewritten."""
+    return Report(tuple(_describe(decision) for decision in decisions))
+
+
+def _describe(decision: Decision) -> SiteReport:
+    found, choice = decision.found, decision.choice
+    if isinstance(found, Miss) or choice is None:
+        assert isinstance(found, Miss)
+        return SiteReport(False, None, found.reason, "", source_line(found.node), found.node.name)
+    reason = f"{choice.why} (the tail ends at {found.end.reason})"
+    node = found.convolution.node
+    lines = dict.fromkeys(line for line in map(source_line, (node, *found.tail)) if line)
+    return SiteReport(
+        choice.kernel is not None, choice.kernel, reason, str(found.biased), ", ".join(lines), _convolution(found, node)
+    )
+
+
+def _convolution(site: Site, node: fx.Node) -> str:
+    convolution = site.convolution
+    shape = "x".join(str(size) for size in convolution.value.shape)
+    stride = "x".join(str(size) for size in convolution.stride)
+    return f"{node.name}: {convolution.rank}d, stride {stride}, output {shape} {convolution.value.dtype}"

@@ -1,0 +1,144 @@
+"""Putting a site's implementation into its graph.
+
+The tail's nodes are erased one by one and nothing else is: Dynamo's graphs hold in-place calls whose result nobody
+reads, and dead-code elimination would take them for dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.proxy import GraphAppendingTracer
+
+from fusion_backend.patterns import coefficient as co
+from fusion_backend.patterns.algebra import NormalForm
+from fusion_backend.patterns.coefficient import Coefficient, Leaf
+from fusion_backend.patterns.site import Site
+from fusion_backend.patterns.source import is_tensor, value_of
+
+
+def fold(site: Site) -> bool:
+    """Replace the tail by its normal form in plain torch operations; say whether that makes it shorter."""
+    form = site.form
+    number_of_operations = (form.scale != 1.0) + (form.shift != 0.0) + (form.lo != float("-inf") or form.hi != float("inf"))
+    if number_of_operations >= len(site.tail):
+        return False
+    with site.last.graph.inserting_before(site.last):
+        y = _folded(site).node
+    _replace(site, y)
+    return True
+
+
+def use_epilogue(site: Site) -> bool:
+    """Replace bias and tail by the operator ``fused_post::epilogue_``, in place on the convolution's fresh output."""
+    from fusion_backend.kernels import epilogue  # noqa: F401  the import registers the operator, and needs triton
+
+    node = site.convolution.node
+    with node.graph.inserting_before(site.last if site.tail else node.next):
+        y = _without_bias(site) if site.convolution.bias is not None else node
+        form = site.biased
+        tensors = [_vector(site, c) for c in form.coefficients]
+        numbers = [c if isinstance(c, float) else default for c, default in zip(form.coefficients, _IDENTITY, strict=True)]
+        call = node.graph.call_function(torch.ops.fused_post.epilogue_.default, (y, *tensors, *numbers))
+    _replace(site, y, keep=call)
+    if y is not node:
+        node.graph.erase_node(node)
+    return True
+
+
+_IDENTITY = (1.0, 0.0, float("-inf"), float("inf"))
+
+
+def _folded(site: Site) -> fx.Proxy:
+    """min(max(a*y + b, lo), hi), computed in float32 where the value is of half precision and a coefficient a tensor."""
+    value, form = site.convolution.value, site.form
+    tracer = GraphAppendingTracer(site.last.graph)
+    y: Any = fx.Proxy(site.convolution.node, tracer)
+    compute = _compute_dtype(value.dtype)
+    cast = compute != value.dtype and any(co.leaves(c) for c in form.coefficients)
+    spatial = (1,) * site.convolution.rank
+    leaf = _leaf_reader(site, tracer)
+
+    def broadcast(c: Coefficient) -> Any:
+        tensor = co.evaluate(c, leaf)
+        return tensor.reshape(-1, *spatial) if _is_per_channel(c) else tensor
+
+    if cast:
+        y = y.to(compute)
+    if form.scale != 1.0:
+        y = torch.mul(y, broadcast(form.scale))
+    if form.shift != 0.0:
+        y = torch.add(y, broadcast(form.shift))
+    y = _clamped(y, broadcast(form.lo), broadcast(form.hi))
+    return y.to(value.dtype) if cast else y  # type: ignore[no-any-return]
+
+
+def _clamped(y: Any, lo: Any, hi: Any) -> Any:
+    if isinstance(lo, float) and isinstance(hi, float):
+        bounds = {name: bound for name, bound in (("min", lo), ("max", hi)) if abs(bound) != float("inf")}
+        return torch.clamp(y, **bounds) if bounds else y
+    y = co.OPERATIONS["maximum"](y, lo) if lo != float("-inf") else y
+    return co.OPERATIONS["minimum"](y, hi) if hi != float("inf") else y
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _leaf_reader(site: Site, tracer: GraphAppendingTracer) -> Callable[[Leaf], fx.Proxy]:
+    """Reads a leaf as a proxy of shape [C] or [], in the compute dtype; each leaf once."""
+    value = site.convolution.value
+    dtype = _compute_dtype(value.dtype)
+    read: dict[fx.Node, fx.Proxy] = {}
+
+    def leaf(leaf: Leaf) -> fx.Proxy:
+        if leaf.value in read:
+            return read[leaf.value]
+        proxy = fx.Proxy(leaf.value, tracer)
+        if is_tensor(value_of(leaf.value)):
+            proxy = proxy.reshape(-1 if leaf.per_channel else ()).to(dtype)
+        else:
+            arguments = {"dtype": dtype, "device": value.device}
+            proxy = tracer.create_proxy("call_function", torch.full, ((), proxy), arguments)
+        read[leaf.value] = proxy
+        return proxy
+
+    return leaf
+
+
+def _vector(site: Site, c: Coefficient) -> fx.Node | None:
+    """``c`` as a [C] float32 contiguous node, or None where it is a number."""
+    if isinstance(c, float):
+        return None
+    proxy = co.evaluate(c, _leaf_reader(site, GraphAppendingTracer(site.last.graph)))
+    if not _is_per_channel(c):
+        proxy = proxy.expand(site.convolution.value.shape[1])
+    return proxy.contiguous().node  # type: ignore[no-any-return]
+
+
+def _is_per_channel(c: Coefficient) -> bool:
+    return any(leaf.per_channel for leaf in co.leaves(c))
+
+
+def _without_bias(site: Site) -> fx.Node:
+    node = site.convolution.node
+    args = tuple(None if i == 2 else argument for i, argument in enumerate(node.args))
+    kwargs = {name: argument for name, argument in node.kwargs.items() if name != "bias"}
+    bare = node.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+    bare.meta = dict(node.meta)
+    return bare
+
+
+def _replace(site: Site, new: fx.Node, keep: fx.Node | None = None) -> None:
+    """Let ``new`` stand for the tail's result, except where ``keep`` reads it, and erase the tail."""
+    new.meta = {**site.last.meta, **{key: value for key, value in new.meta.items() if key not in site.last.meta}}
+    written = {*site.tail, new, keep}
+    aliases = site.aliases if site.tail else (site.convolution.node,)
+    for alias in aliases:
+        for user in [user for user in alias.users if user not in written]:
+            user.replace_input_with(alias, new)
+    for node in reversed(site.tail):
+        node.graph.erase_node(node)

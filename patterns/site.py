@@ -1,0 +1,249 @@
+"""A site: a transposed convolution and the longest run of affine and clamp operations behind it.
+
+The walk goes down from the convolution as long as the value has one user and the algebra can fold what that user does.
+An in-place operation leaves the names its value had before: ``y.add_(1); y.relu()`` reads the convolution's node twice,
+and both readers see one value. So the walk carries the set of nodes that name the value, and an in-place user may stand
+in front of other users. A node between the convolution and the end of the tail that writes to memory, or changes a mode
+such as the gradient's, ends the tail before it: the rewrite moves the tail's operations behind that node.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fusion_backend.patterns import algebra
+from fusion_backend.patterns import coefficient as co
+from fusion_backend.patterns.algebra import Clamp, NormalForm, Refusal, Scale, Shift, Step
+from fusion_backend.patterns.convolution import Convolution, read_convolution
+from fusion_backend.patterns.operand import label, read_operand
+from fusion_backend.patterns.source import Miss, aten_name, attribute, is_tensor, same_shape, value_of
+from fusion_backend.patterns.vocabulary import Call, read_call, word
+
+_IN_PLACE_OPERATORS = tuple(
+    getattr(operator, f"i{name}")
+    for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A transposed convolution and the pointwise tail behind it.
+
+    ``tail``    the folded nodes, first to last; may be empty where the convolution has a bias
+    ``aliases`` the nodes that name the tail's result (the last of the tail, and what it updated in place)
+    ``steps``   what the tail does, one entry an affine or clamp step
+    ``form``    the normal form of ``steps``: from the convolution's value, bias included, to the tail's
+    ``biased``  the same from the convolution's value without its bias; equal to ``form`` where it has none
+    ``end``     why the tail goes no further
+    """
+
+    convolution: Convolution
+    tail: tuple[fx.Node, ...]
+    aliases: tuple[fx.Node, ...]
+    steps: tuple[Step, ...]
+    form: NormalForm
+    biased: NormalForm
+    end: Miss
+
+    @property
+    def last(self) -> fx.Node:
+        return self.tail[-1] if self.tail else self.convolution.node
+
+
+def find_sites(module: fx.GraphModule) -> Iterator[Site | Miss]:
+    """What each transposed convolution of ``module`` and of the graph modules nested in it is, in graph order."""
+    seen: set[int] = set()
+    for child in module.modules():
+        if isinstance(child, fx.GraphModule) and id(child.graph) not in seen:
+            seen.add(id(child.graph))
+            yield from (match(node) for node in child.graph.nodes if read_convolution(node) is not None)
+
+
+def match(node: fx.Node) -> Site | Miss:
+    """The site that starts at ``node``, or why there is none."""
+    convolution = read_convolution(node)
+    if convolution is None:
+        return Miss("not a transposed convolution", node, word(node))
+    if isinstance(convolution, Miss):
+        return convolution
+    walk = _Walk(convolution)
+    end = walk.down()
+    bias = _bias(convolution)
+    if not walk.tail and bias is None:
+        return end
+    form, biased = algebra.fold(walk.steps), algebra.fold([*(bias or ()), *walk.steps])
+    if isinstance(form, Refusal) or isinstance(biased, Refusal):
+        raise AssertionError(f"{walk.steps} were folded one by one, but not together")
+    return Site(convolution, tuple(walk.tail), tuple(walk.names), tuple(walk.steps), form, biased, end)
+
+
+class _Walk:
+    """One walk down from a convolution: ``names`` are the nodes that name the value the walk stands at."""
+
+    def __init__(self, convolution: Convolution):
+        self.convolution = convolution
+        self.tail: list[fx.Node] = []
+        self.steps: list[Step] = []
+        self.names: list[fx.Node] = [convolution.node]
+        self.form = NormalForm()
+
+    def down(self) -> Miss:
+        order = {node: i for i, node in enumerate(self.convolution.node.graph.nodes)}
+        while True:
+            end = self._step(order)
+            if end is not None:
+                return end
+
+    def _step(self, order: dict[fx.Node, int]) -> Miss | None:
+        here = self.tail[-1] if self.tail else self.convolution.node
+        users = sorted({user for name in self.names for user in name.users} - set(self.tail), key=order.__getitem__)
+        if not users:
+            return Miss("nothing uses its value", here, word(here))
+        user = users[0]
+        call = read_call(user)
+        writes = call is not None and call.in_place and call.arguments.get("input") in self.names
+        if len(users) > 1 and not writes:
+            kind = "its value is also returned" if users[-1].op == "output" else f"its value has {len(users)} users"
+            return Miss(kind, here, word(here))
+        barrier = next((node for node in _between(here, user) if _is_barrier(node)), None)
+        if barrier is not None:
+            return Miss(f"{word(barrier)} stands between this and what comes before", user, word(user))
+        steps = self._read(user, call)
+        if isinstance(steps, Miss):
+            return steps
+        for step in steps:
+            form = algebra.apply(self.form, step)
+            if isinstance(form, Refusal):
+                return Miss(form.reason, user, word(user))
+            self.form = form
+        self.tail.append(user)
+        self.steps.extend(steps)
+        self.names = [*self.names, user] if writes else [user]
+        return None
+
+    def _read(self, user: fx.Node, call: Call | None) -> list[Step] | Miss:
+        if user.op == "output":
+            return Miss("the value leaves the graph", user, word(user))
+        if call is None:
+            return Miss("not an affine or clamp operation", user, word(user))
+        steps = read_steps(call, self.names, self.convolution)
+        if isinstance(steps, str):
+            return Miss(steps, user, word(user))
+        before, after = self.convolution.value, value_of(user)
+        if not is_tensor(after) or after.dtype != before.dtype or not same_shape(after.shape, before.shape):
+            return Miss("its result differs from the convolution's in shape or dtype", user, word(user))
+        return steps
+
+
+def read_steps(call: Call, names: list[fx.Node], convolution: Convolution) -> list[Step] | str:
+    """What ``call`` does to the value that ``names`` name, as affine and clamp steps, or why it cannot be folded."""
+    arguments = call.arguments
+    places = [place for place, argument in arguments.items() if argument in names]
+    if len(places) != 1:
+        return "it combines the value with itself"
+    if arguments.get("rounding_mode") is not None:
+        return f"rounding_mode={arguments['rounding_mode']!r} is not affine"
+    place = places[0]
+
+    def operand(name: str, default: co.Coefficient = math.nan) -> co.Coefficient | str:
+        if arguments.get(name) is None:
+            return default
+        return read_operand(arguments[name], convolution.value, convolution.channel_dim)
+
+    if call.operation in ("add", "sub", "rsub"):
+        other, alpha = operand("other" if place == "input" else "input"), _alpha(arguments.get("alpha", 1))
+        if isinstance(other, str) or isinstance(alpha, str):
+            return other if isinstance(other, str) else str(alpha)
+        return _affine(call.operation, place == "input", other, alpha)
+    if call.operation == "neg":
+        return [Scale(-1.0)]
+    if call.operation == "mul":
+        factor = operand("other" if place == "input" else "input")
+        return factor if isinstance(factor, str) else [Scale(factor)]
+    if place != "input" and call.operation not in ("minimum", "maximum"):
+        return "the value is the divisor" if call.operation == "div" else "the value is a bound"
+    if call.operation == "div":
+        divisor = operand("other")
+        return divisor if isinstance(divisor, str) else _division(divisor)
+    return _clamp(call, operand, "other" if place == "input" else "input")
+
+
+def _affine(operation: str, value_first: bool, other: co.Coefficient, alpha: float) -> list[Step]:
+    if operation == "rsub":  # rsub(input, other, alpha) = other - alpha*input
+        value_first = not value_first
+    sign = 1.0 if operation == "add" else -1.0
+    if value_first:
+        return [Shift(co.multiply(other, sign * alpha))]
+    factor = sign * alpha
+    return [Shift(other)] if factor == 1.0 else [Scale(factor), Shift(other)]
+
+
+def _alpha(alpha: Any) -> float | str:
+    if isinstance(alpha, fx.Node):
+        return "alpha is not a constant number"
+    return float(alpha) if isinstance(alpha, (bool, int, float)) else f"alpha={alpha!r} is not a real number"
+
+
+def _division(divisor: co.Coefficient) -> list[Step] | str:
+    if divisor == 0.0:
+        return "a division by zero"
+    return [Scale(co.reciprocal(divisor))]
+
+
+def _clamp(call: Call, operand: Any, other_place: str) -> list[Step] | str:
+    name = call.operation
+    if name == "relu":
+        return [Clamp(0.0, math.inf)]
+    if name == "relu6":
+        return [Clamp(0.0, 6.0)]
+    if name == "minimum" or name == "maximum":
+        if not isinstance(call.arguments[other_place], fx.Node):
+            return "a reduction, not a clamp"
+        lo, hi = (-math.inf, operand(other_place)) if name == "minimum" else (operand(other_place), math.inf)
+    elif name == "hardtanh":
+        lo, hi = operand("min_val", -1.0), operand("max_val", 1.0)
+    else:
+        lo, hi = operand("min", -math.inf), operand("max", math.inf)
+    if isinstance(lo, str) or isinstance(hi, str):
+        return lo if isinstance(lo, str) else hi
+    return [Clamp(lo, hi)]
+
+
+def _bias(convolution: Convolution) -> list[Step] | None:
+    """The convolution's own bias [C_out] as a shift, or None where it has none that can be taken out."""
+    bias = convolution.bias
+    if bias is None:
+        return None
+    return [Shift(co.Leaf(bias, label(bias), per_channel=True))]
+
+
+def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next
+
+
+def _is_barrier(node: fx.Node) -> bool:
+    """Whether ``node`` may write to memory or change a mode, so that nothing may be moved across it."""
+    if node.op == "call_module":
+        module = attribute(node.graph.owning_module, str(node.target))
+        return getattr(module, "inplace", False) or not type(module).__module__.startswith("torch.nn.")
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    if node.op != "call_function":
+        return False
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator) or target in (*_IN_PLACE_OPERATORS, operator.setitem):
+        return True
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    in_place_name = (aten_name(target) or getattr(target, "__name__", "")).rstrip("0123456789").endswith("_")
+    return node.is_impure() or in_place_name or "out" in node.kwargs or node.kwargs.get("inplace") is True

@@ -1,0 +1,129 @@
+"""A pointwise operation, from any dialect, as one canonical call.
+
+One row per operation: its parameters in torch's order, and its spellings. A name is the method (``x.add``), the in-place
+method (``x.add_``), the function (``torch.add``), and the ATen operator (``aten.add.Tensor``, ``aten.add_.Scalar``, ...)
+of that name; functions under other names and Python's operators are listed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fusion_backend.patterns.source import aten_name, attribute
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A row of the vocabulary. ``parameters`` beyond ``positional`` are keyword-only in Python, not in ATen."""
+
+    name: str
+    parameters: tuple[str, ...]
+    names: tuple[str, ...]
+    positional: int = 2
+    functions: tuple[Callable[..., Any], ...] = ()
+    in_place_functions: tuple[Callable[..., Any], ...] = ()
+
+
+OPERATIONS = (
+    Operation("add", ("input", "other", "alpha"), ("add",), 2, (operator.add,), (operator.iadd,)),
+    Operation("sub", ("input", "other", "alpha"), ("sub", "subtract"), 2, (operator.sub,), (operator.isub,)),
+    Operation("rsub", ("input", "other", "alpha"), ("rsub",)),
+    Operation("neg", ("input",), ("neg", "negative"), 1, (operator.neg,)),
+    Operation("mul", ("input", "other"), ("mul", "multiply"), 2, (operator.mul,), (operator.imul,)),
+    Operation(
+        "div", ("input", "other", "rounding_mode"), ("div", "divide", "true_divide"), 2,
+        (operator.truediv,), (operator.itruediv,),
+    ),
+    Operation("clamp", ("input", "min", "max"), ("clamp", "clip"), 3),
+    Operation("clamp_min", ("input", "min"), ("clamp_min",)),
+    Operation("clamp_max", ("input", "max"), ("clamp_max",)),
+    Operation("minimum", ("input", "other"), ("minimum", "min")),
+    Operation("maximum", ("input", "other"), ("maximum", "max")),
+    Operation("relu", ("input", "inplace"), ("relu",), 2, (F.relu,)),
+    Operation("relu6", ("input", "inplace"), ("relu6",), 2, (F.relu6,)),
+    Operation("hardtanh", ("input", "min_val", "max_val", "inplace"), ("hardtanh",), 4, (F.hardtanh,), (F.hardtanh_,)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """``node`` applies ``operation`` to ``arguments`` (by parameter name), in place or not."""
+
+    node: fx.Node
+    operation: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    in_place: bool = False
+
+
+def read_call(node: fx.Node) -> Call | None:
+    """The canonical call that ``node`` is, or None where the vocabulary does not know it."""
+    if node.op == "call_module":
+        return _read_module(node)
+    row, in_place, is_aten = _find(node)
+    if row is None or len(node.args) > (len(row.parameters) if is_aten else row.positional):
+        return None
+    if row.name in ("minimum", "maximum") and len(node.args) + len(node.kwargs) != 2:
+        return None  # torch.min(x), torch.min(x, dim, keepdim) reduce
+    arguments = dict(zip(row.parameters, node.args, strict=False))
+    for name, value in node.kwargs.items():
+        name = "input" if name == "self" else name
+        if name not in row.parameters or name in arguments:
+            return None
+        arguments[name] = value
+    in_place = bool(arguments.pop("inplace", False)) or in_place
+    return Call(node, row.name, arguments, in_place)
+
+
+def word(node: fx.Node) -> str:
+    """What a user calls the operation of ``node``, for reports."""
+    if node.op == "output":
+        return "return"
+    if node.op == "call_module":
+        return type(attribute(node.graph.owning_module, str(node.target))).__name__
+    return aten_name(node.target) or str(getattr(node.target, "__name__", node.target))
+
+
+def _find(node: fx.Node) -> tuple[Operation | None, bool, bool]:
+    """The row of ``node``'s target, whether the spelling is in place, and whether it is ATen's."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return _BY_NAME.get(name.removesuffix("_")), name.endswith("_"), False
+    name = aten_name(node.target)
+    if name:
+        return _BY_NAME.get(name.removesuffix("_")), name.endswith("_"), True
+    if node.op != "call_function" or not callable(node.target):
+        return None, False, False
+    return (*_BY_FUNCTION.get(node.target, (None, False)), False)
+
+
+def _read_module(node: fx.Node) -> Call | None:
+    module = attribute(node.graph.owning_module, str(node.target))
+    if type(module) not in (nn.ReLU, nn.ReLU6, nn.Hardtanh) or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    arguments: dict[str, Any] = {"input": node.args[0] if node.args else node.kwargs["input"]}
+    if type(module) is nn.Hardtanh:
+        arguments |= {"min_val": module.min_val, "max_val": module.max_val}
+    return Call(node, type(module).__name__.lower(), arguments, module.inplace)
+
+
+def _functions() -> dict[Any, tuple[Operation, bool]]:
+    table: dict[Any, tuple[Operation, bool]] = {}
+    for row in OPERATIONS:
+        for name in row.names:
+            for spelling, in_place in ((name, False), (name + "_", True)):
+                if hasattr(torch, spelling):
+                    table[getattr(torch, spelling)] = (row, in_place)
+        table.update({function: (row, False) for function in row.functions})
+        table.update({function: (row, True) for function in row.in_place_functions})
+    return table
+
+
+_BY_NAME = {name: row for row in OPERATIONS for name in row.names}
+_BY_FUNCTION = _functions()
