@@ -27,8 +27,8 @@ def fold(site: Site) -> bool:
     if number_of_operations >= len(site.tail):
         return False
     with site.last.graph.inserting_before(site.last):
-        y = _folded(site).node
-    _replace(site, y)
+        readers = _readers(site)
+        _replace(site, readers, _folded(site).node)
     return True
 
 
@@ -36,14 +36,14 @@ def use_epilogue(site: Site) -> bool:
     """Replace bias and tail by the operator ``fused_post::epilogue_``, in place on the convolution's fresh output."""
     from fusion_backend.kernels import epilogue  # noqa: F401  the import registers the operator, and needs triton
 
-    node = site.convolution.node
+    node, readers = site.convolution.node, _readers(site)
     with node.graph.inserting_before(site.last if site.tail else node.next):
         y = _without_bias(site) if site.convolution.bias is not None else node
         form = site.biased
         tensors = [_vector(site, c) for c in form.coefficients]
         numbers = [c if isinstance(c, float) else default for c, default in zip(form.coefficients, _IDENTITY, strict=True)]
-        call = node.graph.call_function(torch.ops.fused_post.epilogue_.default, (y, *tensors, *numbers))
-    _replace(site, y, keep=call)
+        node.graph.call_function(torch.ops.fused_post.epilogue_.default, (y, *tensors, *numbers))
+    _replace(site, readers, y)
     if y is not node:
         node.graph.erase_node(node)
     return True
@@ -80,8 +80,9 @@ def _clamped(y: Any, lo: Any, hi: Any) -> Any:
     if isinstance(lo, float) and isinstance(hi, float):
         bounds = {name: bound for name, bound in (("min", lo), ("max", hi)) if abs(bound) != float("inf")}
         return torch.clamp(y, **bounds) if bounds else y
-    y = co.OPERATIONS["maximum"](y, lo) if lo != float("-inf") else y
-    return co.OPERATIONS["minimum"](y, hi) if hi != float("inf") else y
+    if not co.is_infinite(lo):
+        y = co.OPERATIONS["maximum"](y, lo)
+    return y if co.is_infinite(hi) else co.OPERATIONS["minimum"](y, hi)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -132,13 +133,16 @@ def _without_bias(site: Site) -> fx.Node:
     return bare
 
 
-def _replace(site: Site, new: fx.Node, keep: fx.Node | None = None) -> None:
-    """Let ``new`` stand for the tail's result, except where ``keep`` reads it, and erase the tail."""
-    new.meta = {**site.last.meta, **{key: value for key, value in new.meta.items() if key not in site.last.meta}}
-    written = {*site.tail, new, keep}
-    aliases = site.aliases if site.tail else (site.convolution.node,)
-    for alias in aliases:
-        for user in [user for user in alias.users if user not in written]:
-            user.replace_input_with(alias, new)
+def _readers(site: Site) -> list[tuple[fx.Node, fx.Node]]:
+    """(reader, name) for everything behind the tail that reads its result under one of its names."""
+    names = site.aliases if site.tail else (site.convolution.node,)
+    return [(user, name) for name in names for user in name.users if user not in site.tail]
+
+
+def _replace(site: Site, readers: list[tuple[fx.Node, fx.Node]], new: fx.Node) -> None:
+    """Let ``readers`` read ``new`` in place of the tail's result, and erase the tail."""
+    new.meta = {**new.meta, **site.last.meta}
+    for reader, name in readers:
+        reader.replace_input_with(name, new)
     for node in reversed(site.tail):
         node.graph.erase_node(node)

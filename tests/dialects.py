@@ -54,5 +54,4 @@ def call(gm: fx.GraphModule, *inputs: Any) -> Any:
     fresh = iter([i.clone() if isinstance(i, torch.Tensor) else i for i in inputs])
     names = [n.target for n in gm.graph.nodes if n.op == "placeholder"]
     bound = [next(fresh) if "_x_" in str(n).lower() or "_k_" in str(n).lower() else a for n, a in zip(names, gm.bound_arguments, strict=True)]
-    (result,) = gm(*bound)
-    return result
+    return gm(*bound)[0]
