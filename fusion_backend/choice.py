@@ -8,12 +8,8 @@ leaves every site to Inductor, with the tail folded.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from fusion_backend.kernels.support import why_unsupported
-from fusion_backend.patterns import coefficient as co
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import is_tensor, value_of
 
@@ -49,14 +45,7 @@ def why_no_epilogue(site: Site) -> str | None:
         return "the convolution has no batch dimension"
     if not isinstance(value.shape[1], int):
         return "the number of channels varies between calls"
-    for leaf in (leaf for c in site.biased.coefficients for leaf in co.leaves(c)):
-        if _device(leaf.value) not in (None, device):
-            return f"operand {leaf.label} lives on {_device(leaf.value)}, the convolution on {device}"
     return why_unsupported(device, value.dtype)
-
-
-def _device(node: Any) -> torch.device | None:
-    return getattr(value_of(node), "device", None)
 
 
 def _needs_gradient(site: Site) -> bool:

@@ -21,7 +21,7 @@ from fusion_backend.patterns.source import is_tensor, value_of
 
 
 def fold(site: Site) -> bool:
-    """Replace the tail by its normal form in plain torch operations; say whether that makes it shorter."""
+    """Replace the tail by its normal form in plain torch operations, where that is shorter; say whether it is."""
     form = site.form
     number_of_operations = (form.scale != 1.0) + (form.shift != 0.0) + (form.lo != float("-inf") or form.hi != float("inf"))
     if number_of_operations >= len(site.tail):
@@ -92,20 +92,24 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _leaf_reader(site: Site, tracer: GraphAppendingTracer) -> Callable[[Leaf], fx.Proxy]:
     """Reads a leaf as a proxy of shape [C] or [], in the compute dtype; each leaf once."""
     value = site.convolution.value
-    dtype = _compute_dtype(value.dtype)
+    dtype, device = _compute_dtype(value.dtype), getattr(value, "device", None)
     read: dict[fx.Node, fx.Proxy] = {}
 
     def leaf(leaf: Leaf) -> fx.Proxy:
-        if leaf.value in read:
-            return read[leaf.value]
-        proxy = fx.Proxy(leaf.value, tracer)
-        if is_tensor(value_of(leaf.value)):
-            proxy = proxy.reshape(-1 if leaf.per_channel else ()).to(dtype)
-        else:
-            arguments = {"dtype": dtype, "device": value.device}
-            proxy = tracer.create_proxy("call_function", torch.full, ((), proxy), arguments)
-        read[leaf.value] = proxy
-        return proxy
+        if leaf.value not in read:
+            proxy, known = fx.Proxy(leaf.value, tracer), value_of(leaf.value)
+            if leaf.per_channel:
+                proxy = proxy.reshape(-1)
+            elif is_tensor(known):
+                proxy = proxy.reshape(())
+            if getattr(known, "device", None) != device:
+                # A number that varies, or a 0-dim tensor on the CPU beside a GPU. A product with a tensor is the form in
+                # which AOTAutograd and Inductor pass it to a kernel; any other use specialises a float, and compiles
+                # the graph anew for each value.
+                one = {"dtype": dtype, "device": device}
+                proxy = torch.mul(tracer.create_proxy("call_function", torch.full, ((), 1.0), one), proxy)
+            read[leaf.value] = proxy.to(dtype)
+        return read[leaf.value]
 
     return leaf
 

@@ -156,12 +156,11 @@ def _clamped(form: NormalForm, lo: Coefficient, hi: Coefficient) -> NormalForm |
     for bound in (lo, hi):
         if isinstance(bound, float) and math.isnan(bound):
             return Refusal("a bound is NaN")
-    return NormalForm(
-        form.scale,
-        form.shift,
-        co.minimum(co.maximum(form.lo, lo), hi),
-        co.minimum(co.maximum(form.hi, lo), hi),
-    )
+    new_lo = co.minimum(co.maximum(form.lo, lo), hi)
+    new_hi = co.minimum(co.maximum(form.hi, lo), hi)
+    if new_lo == math.inf or new_hi == -math.inf:
+        return Refusal("the bounds leave nothing but an infinity")
+    return NormalForm(form.scale, form.shift, new_lo, new_hi)
 
 
 def _within_float32(form: NormalForm) -> NormalForm | Refusal:
