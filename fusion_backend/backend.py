@@ -73,7 +73,7 @@ def fuse(gm: fx.GraphModule, options: opt.Options) -> Fused:
     log.debug("%s", describe(plan))
     sites = [(found, kernel) for found, kernel in ((d.found, d.kernel) for d in plan) if isinstance(found, Site) and kernel]
     modules = {found.convolution.node.graph.owning_module for found, _ in sites}
-    fused = Fused(plan, {module: copy.deepcopy(module.graph) for module in modules})
+    fused = Fused(plan, {module: _copy(module.graph) for module in modules})
     try:
         count = sum(rewrite.use_epilogue(site) if kernel == "epilogue" else rewrite.fold(site) for site, kernel in sites)
         for module in modules if count else ():
@@ -84,6 +84,15 @@ def fuse(gm: fx.GraphModule, options: opt.Options) -> Fused:
         raise
     log.info("%d transposed convolutions, %d matched, %d rewritten", len(plan), len(sites), count)
     return fused
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    """A deep copy that keeps what Dynamo hangs on the nodes beside their ``meta`` (such as ``_dynamo_source``)."""
+    duplicate = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, duplicate.nodes, strict=True):
+        for name, value in vars(old).items():
+            vars(new).setdefault(name, value)
+    return duplicate
 
 
 def _reset() -> None:
