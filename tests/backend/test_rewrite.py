@@ -1,0 +1,169 @@
+"""What stands in the graph after a rewrite: the operations before, the operations after, and the numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dialects import DIALECTS, call, dynamo
+from torch import Tensor, fx, nn
+
+from fusion_backend import backend, choice, fused_post, rewrite
+from fusion_backend.options import Options
+from fusion_backend.patterns.site import find_sites
+
+EPILOGUE = torch.ops.fused_post
+STRICT = {"fused_post.strict": True, "fused_post.kernel": "epilogue"}
+
+
+class Model(nn.Module):
+    def __init__(self, tail: Any, bias: bool = True, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, bias=bias, dtype=dtype)
+        self.register_buffer("b", torch.randn(6, 1, 1, dtype=dtype))
+        self.register_buffer("s", torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0, -0.25], dtype=dtype).reshape(6, 1, 1))
+        self.register_buffer("factor", torch.tensor(-1.5, dtype=dtype))
+        self.tail = tail
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self, self.up(x))
+
+
+def targets(gm: fx.GraphModule) -> list[str]:
+    return [getattr(node.target, "__name__", str(node.target)) for node in gm.graph.nodes if node.op.startswith("call")]
+
+
+def seed(m: Any, y: Tensor) -> Tensor:
+    y = torch.clamp(y + m.b, 0.0, 1.0)
+    return torch.clamp(y * 2.0, 0.0, 1.0) / 2.0
+
+
+TAILS = {
+    "seed": seed,
+    "bias only": lambda m, y: y,
+    "numbers": lambda m, y: (y * -2 + 1).relu() - 3,
+    "vectors": lambda m, y: (y.clamp(-1, 2) * m.s + m.b) / 2,
+    "a scalar tensor": lambda m, y: (y.relu() * m.factor).clamp(max=1),
+    "tensor bounds": lambda m, y: torch.minimum(y.clamp(m.s, m.b), m.factor) * 2,
+    "followed by tanh": lambda m, y: torch.tanh((y + m.b).relu()),
+    "in place": lambda m, y: y.add_(m.b).relu_().mul_(0.5),
+}
+
+
+@pytest.fixture(autouse=True)
+def _reset() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def test_folding_the_seed() -> None:
+    model, x = Model(seed), torch.randn(2, 4, 5, 7)
+    with torch.no_grad():
+        gm = dynamo(model, x)
+        assert targets(gm) == ["conv_transpose2d", "add", "clamp", "mul", "clamp", "truediv"]
+        (site,) = find_sites(gm)
+        assert rewrite.fold(site)
+        gm.recompile()
+        assert targets(gm) == ["conv_transpose2d", "reshape", "to", "reshape", "add", "clamp"]
+        torch.testing.assert_close(call(gm, x), model(x))
+
+
+def test_a_tail_that_is_minimal_is_left_as_written() -> None:
+    with torch.no_grad():
+        gm = dynamo(Model(lambda m, y: (y + m.b).relu()), torch.randn(2, 4, 5, 7))
+        before = gm.code
+        (site,) = find_sites(gm)
+        assert not rewrite.fold(site)
+    assert gm.code == before
+
+
+def test_the_epilogue_operator_takes_bias_and_tail() -> None:
+    with torch.no_grad():
+        gm = dynamo(Model(seed), torch.randn(2, 4, 5, 7))
+        (site,) = find_sites(gm)
+        rewrite.use_epilogue(site)
+        gm.graph.lint()
+        gm.recompile()
+    names = targets(gm)
+    assert "conv_transpose2d" in names and not {"clamp", "mul", "truediv"} & set(names)
+    (convolution,) = [node for node in gm.graph.nodes if node.target is torch.conv_transpose2d]
+    assert convolution.args[2] is None, "the bias is part of the shift"
+    (epilogue,) = [node for node in gm.graph.nodes if node.target is EPILOGUE.epilogue_.default]
+    _, scale, shift, lo, hi, *numbers = epilogue.args
+    assert (scale, lo, hi) == (None, None, None) and isinstance(shift, fx.Node)
+    assert numbers == [1.0, 0.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("name", TAILS)
+def test_the_epilogue_operator_gives_eagers_numbers_in_every_dialect(name: str, dialect: str) -> None:
+    model, x = Model(TAILS[name]), torch.randn(2, 4, 5, 7)
+    with torch.no_grad():
+        expected = model(x)
+        gm = DIALECTS[dialect](model, x)
+        for site in find_sites(gm):
+            if hasattr(site, "tail"):
+                rewrite.use_epilogue(site)
+        gm.graph.lint()
+        gm.recompile()
+        torch.testing.assert_close(call(gm, x), expected)
+
+
+@pytest.mark.parametrize("name", TAILS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_epilogue_operator_goes_through_inductor(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU tensor the operator computes its reference, so that the whole way can be tested without a GPU."""
+    monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
+    model, x = Model(TAILS[name], dtype=dtype), torch.randn(2, 4, 5, 7, dtype=dtype)
+    seen: list[Any] = []
+    fuse = backend.fuse
+    monkeypatch.setattr(backend, "fuse", lambda gm, options: seen.append(fuse(gm, options)) or seen[-1])
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=fused_post, options=STRICT)
+        tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        torch.testing.assert_close(compiled(x), model(x), **tolerance)
+    assert seen[0].has_kernels
+
+
+def test_several_users_of_a_biased_convolution_read_the_epilogue() -> None:
+    model, x = Model(lambda m, y: torch.tanh(y) + torch.sigmoid(y)), torch.randn(2, 4, 5, 7)
+    with torch.no_grad():
+        gm = dynamo(model, x)
+        (site,) = find_sites(gm)
+        rewrite.use_epilogue(site)
+        gm.graph.lint()
+        gm.recompile()
+        torch.testing.assert_close(call(gm, x), model(x))
+
+
+def test_a_kernel_that_does_not_compile_falls_back_once_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
+    model, x = Model(seed), torch.randn(2, 4, 5, 7)
+    calls: list[list[str]] = []
+
+    def inductor(mode: Any, options: Any) -> Any:
+        def compile(gm: fx.GraphModule, example_inputs: Any) -> Any:
+            calls.append(targets(gm))
+            if any("epilogue" in name for name in calls[-1]):
+                raise RuntimeError("ptxas says no")
+            return gm.forward
+
+        return compile
+
+    monkeypatch.setattr(backend.opt, "inductor", inductor)
+    with torch.no_grad(), caplog.at_level("WARNING"):
+        compiled = torch.compile(model, backend=fused_post, options={"fused_post.kernel": "epilogue"})
+        torch.testing.assert_close(compiled(x), model(x))
+    assert len(calls) == 2 and calls[1] == ["conv_transpose2d", "add", "clamp", "mul", "clamp", "truediv"]
+    (record,) = [record for record in caplog.records if record.name.startswith("fusion_backend")]
+    assert "ptxas says no" in record.getMessage()
+
+
+def test_fuse_reports_its_plan() -> None:
+    with torch.no_grad():
+        gm = dynamo(Model(seed), torch.randn(2, 4, 5, 7))
+        fused = backend.fuse(gm, Options(strict=True))
+    assert [decision.kernel for decision in fused.plan] == ["inductor"] and not fused.has_kernels
