@@ -1,6 +1,7 @@
 """fused-post: a ``torch.compile`` backend for transposed convolutions and the pointwise work around them.
 
-``torch.compile(model, backend="fused_post")`` needs no import of this package; ``explain`` says what it does to a model.
+``torch.compile(model, backend="fused_post")`` needs no import of this package; ``explain`` says what it
+does to a model.
 """
 
 from fusion_backend.backend import fused_post

@@ -40,15 +40,15 @@ def fused_post(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any)
             "a mistake in fused_post; the graph goes to Inductor as you wrote it, and your model runs. "
             "Please report this traceback as a bug"
         )
-        return inductor(gm, example_inputs)  # type: ignore[no-any-return]
+        return inductor(gm, example_inputs)
     try:
-        return inductor(gm, example_inputs)  # type: ignore[no-any-return]
+        return inductor(gm, example_inputs)
     except Exception as error:
         if options.strict or not fused.has_kernels:
             raise
         log.warning("a kernel of fused_post did not compile; the graph goes to Inductor as you wrote it: %s", error)
         fused.undo()
-        return inductor(gm, example_inputs)  # type: ignore[no-any-return]
+        return inductor(gm, example_inputs)
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,32 @@ def fuse(gm: fx.GraphModule, options: opt.Options) -> Fused:
     """Rewrite ``gm`` in place according to its plan. On an exception ``gm`` is as it was."""
     plan = make_plan(gm, options)
     log.debug("%s", describe(plan))
-    sites = [(found, kernel) for found, kernel in ((d.found, d.kernel) for d in plan) if isinstance(found, Site) and kernel]
-    modules = {found.convolution.node.graph.owning_module for found, _ in sites}
+    sites = [(d.found, d.kernel) for d in plan if isinstance(d.found, Site) and d.kernel is not None]
+    modules = {_module(site) for site, _ in sites}
     fused = Fused(plan, {module: _copy(module.graph) for module in modules})
     try:
-        count = sum(rewrite.use_epilogue(site) if kernel == "epilogue" else rewrite.fold(site) for site, kernel in sites)
-        for module in modules if count else ():
+        rewritten = [_IMPLEMENTATIONS[kernel](site) for site, kernel in sites]
+        for module in modules if any(rewritten) else ():
             module.graph.lint()
             module.recompile()
     except Exception:
         fused.undo()
         raise
-    log.info("%d transposed convolutions, %d matched, %d rewritten", len(plan), len(sites), count)
+    log.info("%d transposed convolutions, %d matched, %d rewritten", len(plan), len(sites), sum(rewritten))
     return fused
+
+
+# How each kernel is put into a graph; each says whether it changed anything.
+_IMPLEMENTATIONS: dict[str, Callable[[Site], bool]] = {
+    "inductor": lambda site: rewrite.fold(site),
+    "epilogue": lambda site: rewrite.use_epilogue(site),
+}
+
+
+def _module(site: Site) -> fx.GraphModule:
+    module = site.convolution.node.graph.owning_module
+    assert module is not None, "a graph that is compiled belongs to a module"
+    return module
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:

@@ -48,7 +48,7 @@ def _unwrap(model: Callable[..., Any]) -> tuple[Callable[..., Any], opt.Options,
 
 
 def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` inside a code object of its own: Dynamo caches by code object, and the user's shall stay as it is."""
+    """``function`` inside a code object of its own: Dynamo caches by code object, and leaves the user's alone."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)

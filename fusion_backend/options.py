@@ -39,7 +39,7 @@ def parse(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
 def inductor(mode: str | None, options: Mapping[str, Any]) -> Callable[..., Any]:
     """Inductor as ``torch.compile(mode=mode, options=options)`` would call it, with the checks that it makes."""
     try:
-        return torch._TorchCompileInductorWrapper(mode, dict(options), dynamic=None)  # type: ignore[no-any-return]
+        return torch._TorchCompileInductorWrapper(mode, dict(options), dynamic=None)
     except RuntimeError as error:
         known = [PREFIX + name for name in Options.__dataclass_fields__]
         raise ValueError(f"{error}; fused_post's own options are {known}") from error

@@ -6,6 +6,7 @@ reads, and dead-code elimination would take them for dead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from fusion_backend.patterns import coefficient as co
-from fusion_backend.patterns.algebra import NormalForm
 from fusion_backend.patterns.coefficient import Coefficient, Leaf
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import is_tensor, value_of
@@ -22,9 +22,9 @@ from fusion_backend.patterns.source import is_tensor, value_of
 
 def fold(site: Site) -> bool:
     """Replace the tail by its normal form in plain torch operations, where that is shorter; say whether it is."""
-    form = site.form
-    number_of_operations = (form.scale != 1.0) + (form.shift != 0.0) + (form.lo != float("-inf") or form.hi != float("inf"))
-    if number_of_operations >= len(site.tail):
+    scale, shift, lo, hi = site.form.coefficients
+    operations = (scale != 1.0) + (shift != 0.0) + ((lo, hi) != (-math.inf, math.inf))
+    if operations >= len(site.tail):
         return False
     with site.last.graph.inserting_before(site.last):
         readers = _readers(site)
@@ -41,7 +41,7 @@ def use_epilogue(site: Site) -> bool:
         y = _without_bias(site) if site.convolution.bias is not None else node
         form = site.biased
         tensors = [_vector(site, c) for c in form.coefficients]
-        numbers = [c if isinstance(c, float) else default for c, default in zip(form.coefficients, _IDENTITY, strict=True)]
+        numbers = [c if isinstance(c, float) else none for c, none in zip(form.coefficients, _IDENTITY, strict=True)]
         node.graph.call_function(torch.ops.fused_post.epilogue_.default, (y, *tensors, *numbers))
     _replace(site, readers, y)
     if y is not node:
@@ -49,11 +49,11 @@ def use_epilogue(site: Site) -> bool:
     return True
 
 
-_IDENTITY = (1.0, 0.0, float("-inf"), float("inf"))
+_IDENTITY = (1.0, 0.0, -math.inf, math.inf)
 
 
 def _folded(site: Site) -> fx.Proxy:
-    """min(max(a*y + b, lo), hi), computed in float32 where the value is of half precision and a coefficient a tensor."""
+    """min(max(a*y + b, lo), hi); computed in float32 if the value is half precision and a coefficient a tensor."""
     value, form = site.convolution.value, site.form
     tracer = GraphAppendingTracer(site.last.graph)
     y: Any = fx.Proxy(site.convolution.node, tracer)
@@ -73,13 +73,13 @@ def _folded(site: Site) -> fx.Proxy:
     if form.shift != 0.0:
         y = torch.add(y, broadcast(form.shift))
     y = _clamped(y, broadcast(form.lo), broadcast(form.hi))
-    return y.to(value.dtype) if cast else y  # type: ignore[no-any-return]
+    return y.to(value.dtype) if cast else y
 
 
 def _clamped(y: Any, lo: Any, hi: Any) -> Any:
     if isinstance(lo, float) and isinstance(hi, float):
-        bounds = {name: bound for name, bound in (("min", lo), ("max", hi)) if abs(bound) != float("inf")}
-        return torch.clamp(y, **bounds) if bounds else y
+        bounds = {name: bound for name, bound in (("min", lo), ("max", hi)) if not math.isinf(bound)}
+        return torch.clamp(y, **bounds) if bounds else y  # type: ignore[call-overload]
     if not co.is_infinite(lo):
         y = co.OPERATIONS["maximum"](y, lo)
     return y if co.is_infinite(hi) else co.OPERATIONS["minimum"](y, hi)
@@ -97,17 +97,18 @@ def _leaf_reader(site: Site, tracer: GraphAppendingTracer) -> Callable[[Leaf], f
 
     def leaf(leaf: Leaf) -> fx.Proxy:
         if leaf.value not in read:
-            proxy, known = fx.Proxy(leaf.value, tracer), value_of(leaf.value)
+            known = value_of(leaf.value)
+            proxy: Any = fx.Proxy(leaf.value, tracer)
             if leaf.per_channel:
                 proxy = proxy.reshape(-1)
             elif is_tensor(known):
                 proxy = proxy.reshape(())
             if getattr(known, "device", None) != device:
-                # A number that varies, or a 0-dim tensor on the CPU beside a GPU. A product with a tensor is the form in
-                # which AOTAutograd and Inductor pass it to a kernel; any other use specialises a float, and compiles
-                # the graph anew for each value.
-                one = {"dtype": dtype, "device": device}
-                proxy = torch.mul(tracer.create_proxy("call_function", torch.full, ((), 1.0), one), proxy)
+                # A number that varies, or a 0-dim tensor on the CPU beside a GPU. A product with a tensor is the form
+                # in which AOTAutograd and Inductor pass it to a kernel; any other use specialises a float, and
+                # compiles the graph anew for each value.
+                one = tracer.create_proxy("call_function", torch.full, ((), 1.0), {"dtype": dtype, "device": device})
+                proxy = one * proxy
             read[leaf.value] = proxy.to(dtype)
         return read[leaf.value]
 
@@ -121,7 +122,7 @@ def _vector(site: Site, c: Coefficient) -> fx.Node | None:
     proxy = co.evaluate(c, _leaf_reader(site, GraphAppendingTracer(site.last.graph)))
     if not _is_per_channel(c):
         proxy = proxy.expand(site.convolution.value.shape[1])
-    return proxy.contiguous().node  # type: ignore[no-any-return]
+    return proxy.contiguous().node
 
 
 def _is_per_channel(c: Coefficient) -> bool:

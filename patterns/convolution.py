@@ -56,7 +56,7 @@ class Convolution:
 
 
 def read_convolution(node: fx.Node) -> Convolution | Miss | None:
-    """The transposed convolution that ``node`` is; a Miss where it is one of a kind left alone; None for other nodes."""
+    """The transposed convolution that ``node`` is; a Miss where it is one that is left alone; None for other nodes."""
     found = _read(node)
     if not isinstance(found, Convolution):
         return found
@@ -87,7 +87,7 @@ def _read(node: fx.Node) -> Convolution | Miss | None:
 
 
 def _read_call(node: fx.Node, rank: int | None, order: tuple[str, ...]) -> Convolution | Miss | None:
-    arguments = {**_DEFAULTS, **dict(zip(order, node.args, strict=False)), **node.kwargs}
+    arguments: dict[str, Any] = {**_DEFAULTS, **dict(zip(order, node.args, strict=False)), **node.kwargs}
     if rank is None:
         if not arguments["transposed"]:
             return None
@@ -105,8 +105,8 @@ def _read_call(node: fx.Node, rank: int | None, order: tuple[str, ...]) -> Convo
 
 
 def _read_module(node: fx.Node) -> Convolution | Miss | None:
-    module = attribute(node.graph.owning_module, str(node.target))
-    kind = type(module).__mro__[1] if isinstance(module, nn.Module) and parametrize.is_parametrized(module) else type(module)
+    module: Any = attribute(node.graph.owning_module, str(node.target))
+    kind = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
     if kind not in _MODULES:
         return None
     if module._forward_hooks:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,30 +152,32 @@ def read_steps(call: Call, names: list[fx.Node], convolution: Convolution) -> li
         return f"rounding_mode={arguments['rounding_mode']!r} is not affine"
     place = places[0]
 
+    beside = "other" if place == "input" else "input"
+
     def operand(name: str, default: co.Coefficient = math.nan) -> co.Coefficient | str:
         if arguments.get(name) is None:
             return default
         return read_operand(arguments[name], convolution.value, convolution.channel_dim)
 
     if call.operation in ("add", "sub", "rsub"):
-        other, alpha = operand("other" if place == "input" else "input"), _alpha(arguments.get("alpha", 1))
-        if isinstance(other, str) or isinstance(alpha, str):
-            return other if isinstance(other, str) else str(alpha)
-        return _affine(call.operation, place == "input", other, alpha)
+        return _affine(call.operation, place == "input", operand(beside), _alpha(arguments.get("alpha", 1)))
     if call.operation == "neg":
         return [Scale(-1.0)]
     if call.operation == "mul":
-        factor = operand("other" if place == "input" else "input")
+        factor = operand(beside)
         return factor if isinstance(factor, str) else [Scale(factor)]
     if place != "input" and call.operation not in ("minimum", "maximum"):
         return "the value is the divisor" if call.operation == "div" else "the value is a bound"
     if call.operation == "div":
-        divisor = operand("other")
-        return divisor if isinstance(divisor, str) else _division(divisor)
-    return _clamp(call, operand, "other" if place == "input" else "input")
+        return _division(operand("other"))
+    return _clamp(call, operand, beside)
 
 
-def _affine(operation: str, value_first: bool, other: co.Coefficient, alpha: float) -> list[Step]:
+def _affine(operation: str, value_first: bool, other: co.Coefficient | str, alpha: float | str) -> list[Step] | str:
+    if isinstance(other, str):
+        return other
+    if isinstance(alpha, str):
+        return alpha
     if operation == "rsub":  # rsub(input, other, alpha) = other - alpha*input
         value_first = not value_first
     sign = 1.0 if operation == "add" else -1.0
@@ -191,28 +193,34 @@ def _alpha(alpha: Any) -> float | str:
     return float(alpha) if isinstance(alpha, (bool, int, float)) else f"alpha={alpha!r} is not a real number"
 
 
-def _division(divisor: co.Coefficient) -> list[Step] | str:
+def _division(divisor: co.Coefficient | str) -> list[Step] | str:
+    if isinstance(divisor, str):
+        return divisor
     if divisor == 0.0:
         return "a division by zero"
     return [Scale(co.reciprocal(divisor))]
 
 
-def _clamp(call: Call, operand: Any, other_place: str) -> list[Step] | str:
+def _clamp(call: Call, operand: Callable[..., co.Coefficient | str], beside: str) -> list[Step] | str:
     name = call.operation
+    lo: co.Coefficient | str
+    hi: co.Coefficient | str
     if name == "relu":
         return [Clamp(0.0, math.inf)]
     if name == "relu6":
         return [Clamp(0.0, 6.0)]
     if name == "minimum" or name == "maximum":
-        if not isinstance(call.arguments[other_place], fx.Node):
+        if not isinstance(call.arguments[beside], fx.Node):
             return "a reduction, not a clamp"
-        lo, hi = (-math.inf, operand(other_place)) if name == "minimum" else (operand(other_place), math.inf)
+        lo, hi = (-math.inf, operand(beside)) if name == "minimum" else (operand(beside), math.inf)
     elif name == "hardtanh":
         lo, hi = operand("min_val", -1.0), operand("max_val", 1.0)
     else:
         lo, hi = operand("min", -math.inf), operand("max", math.inf)
-    if isinstance(lo, str) or isinstance(hi, str):
-        return lo if isinstance(lo, str) else hi
+    if isinstance(lo, str):
+        return lo
+    if isinstance(hi, str):
+        return hi
     return [Clamp(lo, hi)]
 
 

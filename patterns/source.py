@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
 _FRAME = re.compile(r'File "(.+?)", line (\d+), in ')
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _NOT_THE_USERS = (os.path.dirname(os.path.abspath(torch.__file__)) + os.sep, _OURS + os.sep)
@@ -31,7 +32,7 @@ class Miss:
 
 
 def source_line(node: fx.Node) -> str:
-    """"file.py:line" of the innermost frame that is neither torch's nor ours, or "" where the graph does not say."""
+    """The "file.py:line" of the innermost frame that is neither torch's nor ours; "" where the graph does not say."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [frame for frame in frames if not frame[0].startswith(_NOT_THE_USERS)]
     if not frames:
@@ -71,7 +72,7 @@ def same_shape(x: Sequence[Any], y: Sequence[Any]) -> bool:
 
 
 def aten_name(target: Any) -> str:
-    """"add" for ``aten.add.Tensor`` and for the packet ``aten.add``; "" for every other target."""
+    """The "add" of ``aten.add.Tensor`` and of the packet ``aten.add``; "" for every other target."""
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name
     elif isinstance(target, torch._ops.OpOverloadPacket):

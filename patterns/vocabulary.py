@@ -1,8 +1,8 @@
 """A pointwise operation, from any dialect, as one canonical call.
 
-One row per operation: its parameters in torch's order, and its spellings. A name is the method (``x.add``), the in-place
-method (``x.add_``), the function (``torch.add``), and the ATen operator (``aten.add.Tensor``, ``aten.add_.Scalar``, ...)
-of that name; functions under other names and Python's operators are listed.
+One row per operation: its parameters in torch's order, and its spellings. A name is the method (``x.add``), the
+in-place method (``x.add_``), the function (``torch.add``), and the ATen operator (``aten.add.Tensor``,
+``aten.add_.Scalar``, ...) of that name; functions under other names and Python's operators are listed.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def _functions() -> dict[Any, tuple[Operation, bool]]:
             for spelling, in_place in ((name, False), (name + "_", True)):
                 if hasattr(torch, spelling):
                     table[getattr(torch, spelling)] = (row, in_place)
-        table.update({function: (row, False) for function in row.functions})
-        table.update({function: (row, True) for function in row.in_place_functions})
+        table.update(dict.fromkeys(row.functions, (row, False)))
+        table.update(dict.fromkeys(row.in_place_functions, (row, True)))
     return table
 
 

@@ -24,7 +24,9 @@ def dynamo(model: nn.Module, *inputs: Any) -> Callable[..., Any]:
         return first_call
 
     torch._dynamo.reset()
-    torch.compile(model, backend=record, fullgraph=True)(*(i.clone() if isinstance(i, torch.Tensor) else i for i in inputs))
+    torch.compile(model, backend=record, fullgraph=True)(
+        *(i.clone() if isinstance(i, torch.Tensor) else i for i in inputs)
+    )
     ((gm, arguments),) = captured
     gm.bound_arguments = arguments
     return gm
@@ -53,5 +55,8 @@ def call(gm: fx.GraphModule, *inputs: Any) -> Any:
         return gm(*inputs)
     fresh = iter([i.clone() if isinstance(i, torch.Tensor) else i for i in inputs])
     names = [n.target for n in gm.graph.nodes if n.op == "placeholder"]
-    bound = [next(fresh) if "_x_" in str(n).lower() or "_k_" in str(n).lower() else a for n, a in zip(names, gm.bound_arguments, strict=True)]
+    bound = [
+        next(fresh) if "_x_" in str(n).lower() or "_k_" in str(n).lower() else a
+        for n, a in zip(names, gm.bound_arguments, strict=True)
+    ]
     return gm(*bound)[0]

@@ -43,7 +43,7 @@ def _reset() -> None:
 
 
 def assert_accurate(model: nn.Module, compiled: Any, x: Tensor) -> None:
-    """RMSE(ours) <= 2 * RMSE(eager) + a tenth of the tolerance, against float64: the rule of Dynamo's accuracy check."""
+    """RMSE(ours) <= 2 * RMSE(eager) + a tenth of the tolerance, against float64: Dynamo's accuracy rule."""
     import copy
 
     exact = copy.deepcopy(model).double()(x.double())
@@ -182,7 +182,7 @@ def test_options_of_inductor_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_wrong_option_is_an_error_that_lists_the_known_ones(options: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(Exception) as error:
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as error:
         torch.compile(Model().eval(), backend=fused_post, options=options)(torch.randn(1, 8, 4, 4))
     assert all(word in str(error.value) for word in words)
 

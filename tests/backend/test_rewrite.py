@@ -112,7 +112,9 @@ def test_the_epilogue_operator_gives_eagers_numbers_in_every_dialect(name: str, 
 
 @pytest.mark.parametrize("name", TAILS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_epilogue_operator_goes_through_inductor(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_epilogue_operator_goes_through_inductor(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a CPU tensor the operator computes its reference, so that the whole way can be tested without a GPU."""
     monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
     model, x = Model(TAILS[name], dtype=dtype), torch.randn(2, 4, 5, 7, dtype=dtype)
@@ -145,13 +147,13 @@ def test_a_kernel_that_does_not_compile_falls_back_once_with_one_line(
     calls: list[list[str]] = []
 
     def inductor(mode: Any, options: Any) -> Any:
-        def compile(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        def compile_or_fail(gm: fx.GraphModule, example_inputs: Any) -> Any:
             calls.append(targets(gm))
             if any("epilogue" in name for name in calls[-1]):
                 raise RuntimeError("ptxas says no")
             return gm.forward
 
-        return compile
+        return compile_or_fail
 
     monkeypatch.setattr(backend.opt, "inductor", inductor)
     with torch.no_grad(), caplog.at_level("WARNING"):

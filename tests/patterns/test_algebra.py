@@ -17,7 +17,9 @@ from fusion_backend.patterns.coefficient import Coefficient, Leaf
 C = 5
 INFINITE = (math.inf, -math.inf)
 numbers = st.floats(-8, 8, width=32)
-factors = st.one_of(st.floats(-4, 4, width=32).filter(lambda s: abs(s) > 1e-3), st.sampled_from([-1.0, 1e-6, -1e-6, 1e6]))
+factors = st.one_of(
+    st.floats(-4, 4, width=32).filter(lambda s: abs(s) > 1e-3), st.sampled_from([-1.0, 1e-6, -1e-6, 1e6])
+)
 bounds = st.one_of(numbers, st.sampled_from(INFINITE))
 number_steps = st.one_of(
     numbers.map(Shift), factors.map(Scale), st.tuples(bounds, bounds).map(lambda pair: Clamp(*pair))
@@ -139,9 +141,7 @@ def test_clamps_of_disjoint_ranges_are_constant() -> None:
 def test_a_zero_in_a_scale_vector_behind_two_bounds_is_eagers_constant_for_infinite_x() -> None:
     steps = [Clamp(-1.0, 2.0), Scale(vector(0.0, 1.0, -1.0, 2.0, 0.0)), Shift(0.5)]
     x = torch.tensor([*INFINITE, math.nan, 1.0, -3.0], dtype=torch.float64).expand(C, -1)
-    torch.testing.assert_close(
-        normal_form(x, fold(steps)), step_by_step(x, steps), rtol=0, atol=1e-30, equal_nan=True
-    )
+    torch.testing.assert_close(normal_form(x, fold(steps)), step_by_step(x, steps), rtol=0, atol=1e-30, equal_nan=True)
 
 
 def test_an_infinite_bound_vector_times_zero_is_no_nan() -> None:

@@ -99,7 +99,12 @@ ROWS = [
     Row("groups", lambda: Plain(nn.ConvTranspose2d(4, 6, 3, 2, groups=2)), 2, {"groups": 2}),
     Row("depthwise", lambda: Plain(nn.ConvTranspose2d(4, 4, 3, 2, groups=4)), 2, {"groups": 4}),
     Row("dilation", lambda: Plain(nn.ConvTranspose2d(4, 6, 3, 2, dilation=(2, 3))), 2, {"dilation": (2, 3)}),
-    Row("uneven", lambda: Plain(nn.ConvTranspose2d(4, 6, (3, 5), (2, 1), (1, 2))), 2, {"stride": (2, 1), "padding": (1, 2)}),
+    Row(
+        "uneven",
+        lambda: Plain(nn.ConvTranspose2d(4, 6, (3, 5), (2, 1), (1, 2))),
+        2,
+        {"stride": (2, 1), "padding": (1, 2)},
+    ),
     Row("output_size", lambda: WithOutputSize(nn.ConvTranspose2d(4, 6, 3, 2, 1)), 2, {"stride": (2, 2)}),
     Row("functional 1d", lambda: Functional(1, stride=2), 1, {"stride": (2,), "bias": None}),
     Row("functional 2d", lambda: Functional(2, stride=(2, 1), padding=1), 2, {"stride": (2, 1), "padding": (1, 1)}),
@@ -107,10 +112,20 @@ ROWS = [
     Row("functional, groups", lambda: Functional(2, groups=2), 2, {"groups": 2}),
     Row("functional, keywords", Keywords, 2, {"stride": (2, 2), "output_padding": (1, 1)}),
     Row("computed weight", Computed, 2, {"stride": (2, 2)}),
-    Row("torch.convolution", General, 2, {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "output_padding": (1, 0)}),
+    Row(
+        "torch.convolution",
+        General,
+        2,
+        {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "output_padding": (1, 0)},
+    ),
     Row("weight_norm", lambda: Plain(weight_norm(nn.ConvTranspose2d(4, 6, 3, 2))), 2, {"stride": (2, 2)}),
-    Row("weight_norm by hook", lambda: Plain(nn.utils.weight_norm(nn.ConvTranspose2d(4, 6, 3, 2))), 2, {"stride": (2, 2)}),
-]  # fmt: skip
+    Row(
+        "weight_norm by hook",
+        lambda: Plain(nn.utils.weight_norm(nn.ConvTranspose2d(4, 6, 3, 2))),
+        2,
+        {"stride": (2, 2)},
+    ),
+]
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

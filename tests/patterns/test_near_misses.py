@@ -72,7 +72,11 @@ def view_then_in_place(m: Any, y: Tensor) -> Tensor:
 ROWS = [
     Row("a second user", lambda m, y: torch.relu(y) + y, "its value has 2 users"),
     Row("a value that is also returned", lambda m, y: (y, torch.relu(y)), "its value is also returned"),
-    Row("a bias along W", lambda m, y: y + m.along_w, r"operand along_w of shape (14,) differs by position, not by channel"),
+    Row(
+        "a bias along W",
+        lambda m, y: y + m.along_w,
+        r"operand along_w of shape (14,) differs by position, not by channel",
+    ),
     Row("a bias along H", lambda m, y: y + m.along_h, "differs by position, not by channel"),
     Row("a bias for each image", lambda m, y: y + m.per_image, "differs by position, not by channel"),
     Row("a residual", lambda m, y: y + m.full, "differs by position, not by channel"),
@@ -88,7 +92,9 @@ ROWS = [
     Row("bound NaN", lambda m, y: y.clamp(min=math.nan), "a bound is NaN"),
     Row("scale above float32", lambda m, y: y * 1e39, "overflows float32"),
     Row("scale below float32", lambda m, y: y * 1e-39, "underflows float32"),
-    Row("rounding division", lambda m, y: torch.div(y, 2, rounding_mode="floor"), "rounding_mode='floor' is not affine"),
+    Row(
+        "rounding division", lambda m, y: torch.div(y, 2, rounding_mode="floor"), "rounding_mode='floor' is not affine"
+    ),
     Row("truncating division", lambda m, y: y.div(2, rounding_mode="trunc"), "rounding_mode='trunc' is not affine"),
     Row("floor division", lambda m, y: y // 2, "not an affine or clamp operation"),
     Row("a number over the value", lambda m, y: 1.0 / y, "not an affine or clamp operation|the value is the divisor"),
@@ -106,7 +112,12 @@ ROWS = [
     Row("threshold", lambda m, y: F.threshold(y, 0.1, 20.0), "not an affine or clamp operation"),
     Row("a reduction by min", lambda m, y: torch.min(y), "not an affine or clamp operation"),
     Row("a reduction by max along a dimension", lambda m, y: torch.max(y, 1)[0], "a reduction, not a clamp"),
-    Row("half and a float32 vector", lambda m, y: y + m.channel, "would promote the value from torch.float16", torch.float16),
+    Row(
+        "half and a float32 vector",
+        lambda m, y: y + m.channel,
+        "would promote the value from torch.float16",
+        torch.float16,
+    ),
     Row("bfloat16 and a float32 vector", lambda m, y: y * m.channel, "would promote", torch.bfloat16),
     Row("float32 and a float64 vector", lambda m, y: y + m.channel64, "would promote the value from torch.float32"),
     Row("float32 and a complex vector", lambda m, y: y + m.channel_complex, "would promote"),

@@ -1,4 +1,4 @@
-"""Every spelling of every operation, in every dialect, is found, folded to one normal form, and gives eager's numbers."""
+"""Every spelling of every operation, in every dialect, is folded to one normal form and gives eager's numbers."""
 
 from __future__ import annotations
 
