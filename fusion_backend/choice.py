@@ -26,13 +26,19 @@ def choose(site: Site, requested: str) -> Choice:
     if _needs_gradient(site):
         return Choice(None, "a gradient flows through it, and folding would change gradients at the bounds")
     if requested == "inductor":
-        return Choice("inductor", "asked for")
+        return _inductor(site, "asked for")
     if requested == "auto":
-        return Choice("inductor", "no kernel here is measured to be faster than Inductor's own")
+        return _inductor(site, "no kernel here is measured to be faster than Inductor's own")
     problem = why_no_epilogue(site)
     if problem:
-        return Choice("inductor", f"the epilogue kernel cannot run: {problem}")
+        return _inductor(site, f"the epilogue kernel cannot run: {problem}")
     return Choice("epilogue", "asked for")
+
+
+def _inductor(site: Site, why: str) -> Choice:
+    before, after = len(site.tail), site.form.operations
+    tail = f"{before} operations folded into {after}" if site.is_shorter_folded else "the tail as written"
+    return Choice("inductor", f"{why}; {tail}")
 
 
 def why_no_epilogue(site: Site) -> str | None:
@@ -49,5 +55,8 @@ def why_no_epilogue(site: Site) -> str | None:
 
 
 def _needs_gradient(site: Site) -> bool:
+    """Whether a gradient (or, with forward-mode differentiation somewhere in the graph, a tangent) flows through it."""
     values = [value_of(node) for node in (site.convolution.node, *site.tail)]
-    return any(is_tensor(value) and value.requires_grad for value in values)
+    if any(is_tensor(value) and value.requires_grad for value in values):
+        return True
+    return any(getattr(node.target, "__name__", "") == "_make_dual" for node in site.convolution.node.graph.nodes)

@@ -42,7 +42,7 @@ class Report:
         if not self.sites:
             return "fused_post: no transposed convolution found"
         matched = sum(site.matched for site in self.sites)
-        lines = [f"fused_post: {len(self.sites)} transposed convolution(s), {matched} folded"]
+        lines = [f"fused_post: {len(self.sites)} transposed convolution(s), {matched} matched"]
         for number, site in enumerate(self.sites, 1):
             rows = (
                 ("source", site.source),
@@ -50,7 +50,7 @@ class Report:
                 ("kernel", site.kernel or "none"),
                 ("reason", site.reason),
             )
-            lines.append(f"{number:>3}  {'folded' if site.matched else 'missed'}  {site.convolution}")
+            lines.append(f"{number:>3}  {'matched' if site.matched else 'missed '}  {site.convolution}")
             lines.extend(f"       {name:<7} {text}" for name, text in rows if text)
         return "\n".join(lines)
 

@@ -22,9 +22,7 @@ from fusion_backend.patterns.source import is_tensor, value_of
 
 def fold(site: Site) -> bool:
     """Replace the tail by its normal form in plain torch operations, where that is shorter; say whether it is."""
-    scale, shift, lo, hi = site.form.coefficients
-    operations = (scale != 1.0) + (shift != 0.0) + ((lo, hi) != (-math.inf, math.inf))
-    if operations >= len(site.tail):
+    if not site.is_shorter_folded:
         return False
     with site.last.graph.inserting_before(site.last):
         readers = _readers(site)

@@ -82,8 +82,10 @@ class NormalForm:
         return self.scale, self.shift, self.lo, self.hi
 
     @property
-    def is_identity(self) -> bool:
-        return self == NormalForm()
+    def operations(self) -> int:
+        """How many of multiply, add and clamp it takes: 0 for the identity, 3 at most."""
+        bounded = (self.lo, self.hi) != (-math.inf, math.inf)
+        return (self.scale != 1.0) + (self.shift != 0.0) + bounded
 
     def __str__(self) -> str:
         y = co.times(co.text(self.scale), "x")

@@ -53,6 +53,11 @@ class Site:
     end: Miss
 
     @property
+    def is_shorter_folded(self) -> bool:
+        """Whether the normal form takes fewer operations than the tail as the user wrote it."""
+        return self.form.operations < len(self.tail)
+
+    @property
     def last(self) -> fx.Node:
         return self.tail[-1] if self.tail else self.convolution.node
 

@@ -128,6 +128,32 @@ def test_a_gradient_of_the_tail_alone_counts() -> None:
     assert not site.matched and "gradient" in site.reason
 
 
+def test_functional_gradients_and_tangents_count() -> None:
+    weight = torch.randn(3, 4, 2, 2)
+
+    def loss(x: Tensor) -> Tensor:
+        return ((F.conv_transpose2d(x, weight) * 2).clamp(0, 1) + 1).relu().sum()
+
+    x = torch.randn(1, 3, 4, 4)
+    for function in (torch.func.grad(loss), lambda x: torch.func.jvp(loss, (x,), (x,))[1]):
+        torch._dynamo.reset()
+        assert not explain(function, x).sites[0].matched
+        torch.testing.assert_close(torch.compile(function, backend=fused_post, options=STRICT)(x), function(x))
+
+
+def test_vmap_is_eagers() -> None:
+    weight = torch.randn(3, 4, 2, 2)
+
+    def decode(x: Tensor, b: Tensor) -> Tensor:
+        return (((F.conv_transpose2d(x, weight) + b) * 2).clamp(0, 1) + 1).relu()
+
+    x, b = torch.randn(5, 1, 3, 4, 4), torch.randn(5, 4, 1, 1)
+    function = torch.vmap(decode)
+    with torch.no_grad():
+        assert explain(function, x, b).sites[0].matched
+        torch.testing.assert_close(torch.compile(function, backend=fused_post, options=STRICT)(x, b), function(x, b))
+
+
 def test_one_compiled_module_serves_inference_and_training() -> None:
     model = Model()
     x = torch.randn(2, 8, 5, 7)
