@@ -8,14 +8,15 @@ from torch import fx
 
 from fusion_backend.choice import Choice, choose
 from fusion_backend.options import Options
-from fusion_backend.patterns.site import Site, find_sites
+from fusion_backend.patterns.site import Site, find_convolutions, match
 from fusion_backend.patterns.source import Miss
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What stands in the graph, and the implementation it gets (None for a Miss)."""
+    """What the transposed convolution at ``node`` is, and the implementation it gets (None for a Miss)."""
 
+    node: fx.Node
     found: Site | Miss
     choice: Choice | None
 
@@ -26,7 +27,9 @@ class Decision:
 
 def make_plan(module: fx.GraphModule, options: Options) -> tuple[Decision, ...]:
     """One decision for each transposed convolution, in graph order. Changes nothing."""
-    return tuple(
-        Decision(found, choose(found, options.kernel) if isinstance(found, Site) else None)
-        for found in find_sites(module)
-    )
+    return tuple(_decide(node, options) for node in find_convolutions(module))
+
+
+def _decide(node: fx.Node, options: Options) -> Decision:
+    found = match(node)
+    return Decision(node, found, choose(found, options.kernel) if isinstance(found, Site) else None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fusion_backend.patterns.site import Site
+from fusion_backend.patterns.convolution import Convolution, read_convolution
 from fusion_backend.patterns.source import Miss, source_line
 from fusion_backend.plan import Decision
 
@@ -61,20 +61,21 @@ def describe(decisions: Iterable[Decision]) -> Report:
 
 
 def _describe(decision: Decision) -> SiteReport:
-    found, choice = decision.found, decision.choice
-    if isinstance(found, Miss) or choice is None:
-        assert isinstance(found, Miss)
-        return SiteReport(False, None, found.reason, "", source_line(found.node), found.node.name)
+    node, found, choice = decision.node, decision.found, decision.choice
+    if isinstance(found, Miss):
+        return SiteReport(False, None, found.reason, "", source_line(node), _convolution(node))
+    assert choice is not None, "a site always has a choice"
     reason = f"{choice.why} (the tail ends at {found.end.reason})"
-    node = found.convolution.node
     lines = dict.fromkeys(line for line in map(source_line, (node, *found.tail)) if line)
     return SiteReport(
-        choice.kernel is not None, choice.kernel, reason, str(found.biased), ", ".join(lines), _convolution(found, node)
+        choice.kernel is not None, choice.kernel, reason, str(found.biased), ", ".join(lines), _convolution(node)
     )
 
 
-def _convolution(site: Site, node: fx.Node) -> str:
-    convolution = site.convolution
+def _convolution(node: fx.Node) -> str:
+    convolution = read_convolution(node)
+    if not isinstance(convolution, Convolution):
+        return node.name
     shape = "x".join(str(size) for size in convolution.value.shape)
     stride = "x".join(str(size) for size in convolution.stride)
     return f"{node.name}: {convolution.rank}d, stride {stride}, output {shape} {convolution.value.dtype}"

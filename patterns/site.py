@@ -62,13 +62,16 @@ class Site:
         return self.tail[-1] if self.tail else self.convolution.node
 
 
+def find_convolutions(module: fx.GraphModule) -> Iterator[fx.Node]:
+    """Each transposed convolution of ``module`` and of the graph modules nested in it, in graph order."""
+    for child in module.modules():  # each module once
+        if isinstance(child, fx.GraphModule):
+            yield from (node for node in child.graph.nodes if read_convolution(node) is not None)
+
+
 def find_sites(module: fx.GraphModule) -> Iterator[Site | Miss]:
-    """What each transposed convolution of ``module`` and of the graph modules nested in it is, in graph order."""
-    seen: set[int] = set()
-    for child in module.modules():
-        if isinstance(child, fx.GraphModule) and id(child.graph) not in seen:
-            seen.add(id(child.graph))
-            yield from (match(node) for node in child.graph.nodes if read_convolution(node) is not None)
+    """What each transposed convolution of ``module`` is, in graph order."""
+    return map(match, find_convolutions(module))
 
 
 def match(node: fx.Node) -> Site | Miss:

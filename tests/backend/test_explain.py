@@ -57,7 +57,9 @@ def test_a_miss_says_why_and_where() -> None:
     assert hit.matched and not miss.matched
     assert miss.kernel is None and miss.equation == ""
     assert "its value has 2 users" in miss.reason
-    assert f"test_explain.py:{Decoder.forward.__code__.co_firstlineno + 1}" in miss.reason
+    line = f"test_explain.py:{Decoder.forward.__code__.co_firstlineno + 1}"
+    assert line in miss.reason and miss.source == line
+    assert miss.convolution == "y: 2d, stride 2x2, output 1x4x16x16 torch.float32"
 
 
 def test_the_report_prints_as_a_table() -> None:
