@@ -1,0 +1,503 @@
+"""y = min(max(a*x + b, lo), hi): the tail of a convolution, in one pass over memory.
+
+x is [N, C, *spatial] of rank 3 to 5; a, b, lo and hi are each a number or one value per channel. Read once, computed in
+fp32, rounded once, written once:
+
+    bytes moved = 2 * numel * itemsize        (the 4 * C values of the coefficients stay in cache)
+
+So the kernels are about bandwidth: 16-byte accesses, several of them in flight per thread, and no work per element
+to find its channel. Two kernels:
+
+    flat        x and y in the same layout, be it contiguous or channels_last: memory is one run of elements, cut into
+                blocks. One of three lookups finds the channels of a block (see ``_flat_kernel``)
+    transpose   from contiguous to channels_last or back: a tile of channels times pixels, turned in shared memory
+
+NaN goes through and infinities clamp as in ``torch.clamp``; where lo > hi the result is hi, which is torch's rule too.
+"""
+
+import ctypes
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.library import triton_op, wrap_triton
+from triton.runtime.jit import JITFunction
+
+from fusion_backend.kernels.support import DTYPES
+
+VECTOR_BYTES = 16
+
+Coefficient = torch.Tensor | float | None
+
+
+def reference(
+    x: torch.Tensor,
+    scale: Coefficient = None,
+    shift: Coefficient = None,
+    lo: Coefficient = None,
+    hi: Coefficient = None,
+) -> torch.Tensor:
+    """The same in plain PyTorch. In float64 for a float64 x, else in float32; rounded once; x's memory format."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def per_channel(value: torch.Tensor | float) -> torch.Tensor | float:
+        return value.view(-1, *(1,) * (x.dim() - 2)) if isinstance(value, torch.Tensor) else value
+
+    if scale is not None:
+        y = y * per_channel(scale)
+    if shift is not None:
+        y = y + per_channel(shift)
+    if lo is not None:
+        y = torch.clamp(y, min=per_channel(lo))
+    if hi is not None:
+        y = torch.clamp(y, max=per_channel(hi))
+    return y.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Bytes that a program reads, its warps, and whether caches are told that nothing is used twice."""
+
+    block_bytes: int
+    num_warps: int
+    streaming: bool = False
+
+    def elements(self, dtype: torch.dtype) -> int:
+        return self.block_bytes // dtype.itemsize
+
+
+FLAT_CONFIGS = (
+    Config(4096, 4),
+    Config(8192, 4),
+    Config(16384, 4),
+    Config(16384, 8),
+    Config(16384, 8, streaming=True),
+)
+TRANSPOSE_CONFIGS = (
+    Config(8192, 4),
+    Config(16384, 8),
+    Config(16384, 8, streaming=True),
+)
+
+# A tile's edge along the channels: 256 bytes of fp32, 128 of half precision.
+TRANSPOSE_CHANNELS = 64
+
+# Fewer programs than this leave multiprocessors idle while the last ones finish.
+ENOUGH_PROGRAMS = 1024
+
+
+def choose_config(transposing: bool, total_bytes: int) -> Config:
+    """The configuration that fits a tensor of ``total_bytes``."""
+    small, large = (TRANSPOSE_CONFIGS[0], TRANSPOSE_CONFIGS[1]) if transposing else (FLAT_CONFIGS[0], FLAT_CONFIGS[3])
+    return large if guard_or_false(total_bytes >= ENOUGH_PROGRAMS * large.block_bytes) else small
+
+
+@triton.jit
+def _coefficient(value_ptr, number, channel, next_channel, beyond):
+    """The number where there is no pointer; else the channel's value, and the next channel's for elements beyond."""
+    if value_ptr is None:
+        value = tl.cast(number, tl.float32)  # Inductor hands numbers over in float64
+    else:
+        value = tl.load(value_ptr + channel)
+        if beyond is not None:
+            value = tl.where(beyond, tl.load(value_ptr + next_channel), value)
+    return value
+
+
+@triton.jit
+def _epilogue(
+    x,
+    scale,
+    shift,
+    lo,
+    hi,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    HAS_HI: tl.constexpr,
+):
+    y = x.to(tl.float32)
+    if HAS_SCALE:
+        y = y * scale
+    if HAS_SHIFT:
+        y = y + shift
+    if HAS_LO:
+        y = tl.maximum(y, lo, propagate_nan=tl.PropagateNan.ALL)
+    if HAS_HI:
+        y = tl.minimum(y, hi, propagate_nan=tl.PropagateNan.ALL)
+    return y.to(x.dtype)
+
+
+@triton.jit
+def _flat_kernel(
+    out_ptr,
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    lo_ptr,
+    hi_ptr,
+    numel,
+    channels,
+    spatial,
+    scale,
+    shift,
+    lo,
+    hi,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    HAS_HI: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
+    WHOLE_PIXELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STREAMING: tl.constexpr,
+):
+    """One block of BLOCK consecutive elements, seen as [BLOCK / WIDTH, WIDTH]. In place where x_ptr is None.
+
+    The channels of a block, cheapest first:
+        WHOLE_ROWS     contiguous, a row of ``spatial`` elements is no shorter than a block: at most two channels
+        WHOLE_PIXELS   channels_last, WIDTH == C: the block's columns are the channels
+        else           ``channels`` and ``spatial`` count units of WIDTH elements, and a unit's channel is worked out:
+                       one for all its elements, or for CHANNELS_LAST WIDTH consecutive ones (there ``spatial`` is 1)
+    """
+    begin = tl.program_id(0).to(tl.int64) * BLOCK
+    index = tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    outs_ptr = out_ptr + begin + index
+    xs_ptr = (out_ptr if x_ptr is None else x_ptr) + begin + index
+    EVICTION: tl.constexpr = "evict_first" if STREAMING else ""
+
+    # A mask would narrow the accesses where numel is odd, so only the last block has one.
+    inside = numel - begin
+    if inside >= BLOCK:
+        x = tl.load(xs_ptr, eviction_policy=EVICTION)
+    else:
+        x = tl.load(xs_ptr, mask=index < inside, eviction_policy=EVICTION)
+
+    next_channel = None
+    beyond = None
+    if WHOLE_PIXELS:
+        channel = tl.arange(0, WIDTH)[None, :]
+    elif WHOLE_ROWS:
+        row = begin // spatial
+        channel = row.to(tl.int32) % channels
+        next_channel = tl.where(channel + 1 < channels, channel + 1, 0)
+        beyond = index >= tl.minimum(spatial - (begin - row * spatial), BLOCK).to(tl.int32)
+    else:
+        unit = begin // WIDTH
+        row = unit // spatial
+        first = (unit - row * spatial).to(tl.int32) + tl.arange(0, BLOCK // WIDTH)
+        channel = ((row % channels).to(tl.int32) + first // spatial) % channels
+        channel = channel[:, None]
+        if CHANNELS_LAST:
+            channel = channel * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+    scale = _coefficient(scale_ptr, scale, channel, next_channel, beyond)
+    shift = _coefficient(shift_ptr, shift, channel, next_channel, beyond)
+    lo = _coefficient(lo_ptr, lo, channel, next_channel, beyond)
+    hi = _coefficient(hi_ptr, hi, channel, next_channel, beyond)
+    y = _epilogue(x, scale, shift, lo, hi, HAS_SCALE, HAS_SHIFT, HAS_LO, HAS_HI)
+
+    if inside >= BLOCK:
+        tl.store(outs_ptr, y, eviction_policy=EVICTION)
+    else:
+        tl.store(outs_ptr, y, mask=index < inside, eviction_policy=EVICTION)
+
+
+@triton.jit
+def _transpose_kernel(
+    out_ptr,
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    lo_ptr,
+    hi_ptr,
+    channels,
+    spatial,
+    scale,
+    shift,
+    lo,
+    hi,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    HAS_HI: tl.constexpr,
+    TO_CHANNELS_LAST: tl.constexpr,
+    C_UNIT: tl.constexpr,
+    S_UNIT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    STREAMING: tl.constexpr,
+):
+    """One tile of BLOCK_C channels times BLOCK_S pixels, read along one and written along the other.
+
+    ``channels`` and ``spatial`` count units of C_UNIT and S_UNIT elements, which tells the compiler what divides them.
+    """
+    C = channels * C_UNIT
+    S = tl.cast(spatial, tl.int64) * S_UNIT
+    EVICTION: tl.constexpr = "evict_first" if STREAMING else ""
+
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    blocks_s = tl.cdiv(S, BLOCK_S)
+    strip = tl.program_id(0) // blocks_c
+    image = strip // blocks_s
+    channel = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    pixel = (strip % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
+    inside = (channel < C) & (pixel < S)
+
+    by_channel = image * S * C + channel.to(tl.int64) * S + pixel
+    by_pixel = image * S * C + pixel * C + channel
+    x = tl.load(x_ptr + (by_channel if TO_CHANNELS_LAST else by_pixel), mask=inside, eviction_policy=EVICTION)
+
+    known = tl.minimum(channel, C - 1)
+    scale = _coefficient(scale_ptr, scale, known, None, None)
+    shift = _coefficient(shift_ptr, shift, known, None, None)
+    lo = _coefficient(lo_ptr, lo, known, None, None)
+    hi = _coefficient(hi_ptr, hi, known, None, None)
+    y = _epilogue(x, scale, shift, lo, hi, HAS_SCALE, HAS_SHIFT, HAS_LO, HAS_HI)
+
+    tl.store(out_ptr + (by_pixel if TO_CHANNELS_LAST else by_channel), y, mask=inside, eviction_policy=EVICTION)
+
+
+# scale, shift, lo and hi, in this order. A tensor wins over the number beside it; a bound of None is no bound.
+Tensors = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+Numbers = tuple[float, float, float | None, float | None]
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What the kernels are told: pointers or None, numbers, and which coefficients there are at all."""
+
+    tensors: tuple[torch.Tensor | None, ...]
+    numbers: tuple[float, ...]
+    present: tuple[bool, ...]
+
+
+def coefficients_for(x: torch.Tensor, tensors: Tensors, numbers: Numbers) -> Coefficients:
+    """Drop the identities, and turn a number that is infinite or NaN in fp32 into a tensor: source cannot spell it."""
+    identities = (1.0, 0.0, -math.inf, math.inf)
+    all_tensors, all_numbers, present = [], [], []
+    for tensor, number, identity in zip(tensors, numbers, identities, strict=True):
+        number = identity if number is None else ctypes.c_float(number).value
+        is_number = tensor is None and number != identity
+        if is_number and not math.isfinite(number):
+            tensor = x.new_full((x.shape[1],), number, dtype=torch.float32)
+        all_tensors.append(tensor)
+        all_numbers.append(number if is_number and tensor is None else 0.0)
+        present.append(is_number or tensor is not None)
+    return Coefficients(tuple(all_tensors), tuple(all_numbers), tuple(present))
+
+
+def _is_channels_last(x: torch.Tensor) -> bool | None:
+    """False: contiguous, True: channels_last, None: neither. Tensors that are both count as contiguous."""
+    if x.is_contiguous():
+        return False
+    return True if x.movedim(1, -1).is_contiguous() else None
+
+
+def _empty(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """By strides and not by memory_format: that one Inductor would fill first, in a pass of its own."""
+    order = (0, *range(2, x.dim()), 1) if channels_last else tuple(range(x.dim()))
+    return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device)
+
+
+def launch(out: torch.Tensor, x: torch.Tensor | None, coefficients: Coefficients, config: Config | None = None) -> None:
+    """Fill ``out`` from ``x``, or in place where x is None. Both are dense: contiguous or channels_last."""
+    if out.numel() == 0:
+        return
+    source = out if x is None else x
+    transposing = _is_channels_last(source) != _is_channels_last(out)
+    config = config or choose_config(transposing, out.numel() * out.dtype.itemsize)
+    if transposing:
+        _launch_transpose(out, source, coefficients, config)
+    else:
+        _launch_flat(out, x, coefficients, config)
+
+
+def _launch_flat(out: torch.Tensor, x: torch.Tensor | None, coefficients: Coefficients, config: Config) -> None:
+    _, C, *sizes = out.shape
+    S = math.prod(sizes)
+    vector = VECTOR_BYTES // out.dtype.itemsize
+    channels_last = bool(_is_channels_last(out))
+    known_at_once = all(tensor is None for tensor in coefficients.tensors)
+
+    def is_whole_rows(config: Config) -> bool:
+        return known_at_once or (not channels_last and guard_or_false(config.elements(out.dtype) <= S))
+
+    # Where each element's channel is worked out by itself, large blocks need more registers than there are.
+    aligned = guard_or_false((C if channels_last else S) % vector == 0)
+    if not aligned and not is_whole_rows(config):
+        config = FLAT_CONFIGS[0]
+
+    block = config.elements(out.dtype)
+    whole_rows, whole_pixels = is_whole_rows(config), False
+    if whole_rows:
+        width = block
+    elif channels_last:
+        C = int(C)
+        whole_pixels = vector <= C <= block and C & (C - 1) == 0
+        width = C if whole_pixels else vector if aligned else 1
+        C, S = C // width, 1
+    else:
+        width = vector if aligned else 1
+        S = S // width
+
+    numel = out.numel()
+    kernel: Any = wrap_triton(_flat_kernel) if isinstance(_flat_kernel, JITFunction) else _flat_kernel
+    kernel[(_cdiv(numel, block),)](
+        out,
+        x,
+        *coefficients.tensors,
+        numel,
+        C,
+        S,
+        *coefficients.numbers,
+        *coefficients.present,
+        WHOLE_ROWS=whole_rows,
+        WHOLE_PIXELS=whole_pixels,
+        CHANNELS_LAST=channels_last,
+        WIDTH=width,
+        BLOCK=block,
+        STREAMING=config.streaming,
+        num_warps=config.num_warps,
+    )
+
+
+def _launch_transpose(out: torch.Tensor, x: torch.Tensor, coefficients: Coefficients, config: Config) -> None:
+    N, C, *sizes = out.shape
+    S = math.prod(sizes)
+    vector = VECTOR_BYTES // out.dtype.itemsize
+    C = int(C)
+    c_unit = vector if C % vector == 0 else 1
+    s_unit = vector if guard_or_false(S % vector == 0) else 1
+    block_c = min(triton.next_power_of_2(C), TRANSPOSE_CHANNELS)
+    block_s = config.elements(out.dtype) // block_c
+
+    kernel: Any = wrap_triton(_transpose_kernel) if isinstance(_transpose_kernel, JITFunction) else _transpose_kernel
+    kernel[(N * _cdiv(C, block_c) * _cdiv(S, block_s),)](
+        out,
+        x,
+        *coefficients.tensors,
+        C // c_unit,
+        S // s_unit,
+        *coefficients.numbers,
+        *coefficients.present,
+        TO_CHANNELS_LAST=bool(_is_channels_last(out)),
+        C_UNIT=c_unit,
+        S_UNIT=s_unit,
+        BLOCK_C=block_c,
+        BLOCK_S=block_s,
+        STREAMING=config.streaming,
+        num_warps=config.num_warps,
+    )
+
+
+def _cdiv(size: int, block: int) -> int:
+    return (size + block - 1) // block
+
+
+def _check(x: torch.Tensor, tensors: Tensors) -> None:
+    if not 3 <= x.dim() <= 5:
+        raise ValueError(f"x has rank {x.dim()} (shape {tuple(x.shape)}); allowed are ranks 3 to 5: [N, C, *spatial]")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}; allowed are {', '.join(map(str, DTYPES))}")
+    for name, tensor in zip(("scale", "shift", "lo", "hi"), tensors, strict=True):
+        if tensor is None:
+            continue
+        if tensor.dim() != 1 or tensor.shape[0] != x.shape[1]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is [C] = ({x.shape[1]},), or a number")
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; allowed is torch.float32")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}; allowed is x's device, {x.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has stride {tensor.stride(0)}; allowed is 1: call .contiguous() on it")
+
+
+def _runs_kernel(x: torch.Tensor) -> bool:
+    """Kernels run on GPUs; under TRITON_INTERPRET=1 everywhere, though not on the fake tensors of a tracer."""
+    if isinstance(_flat_kernel, JITFunction):
+        return x.device.type in ("cuda", "hip")
+    return type(x) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _apply_reference(out: torch.Tensor, x: torch.Tensor, coefficients: Coefficients) -> None:
+    values = zip(coefficients.tensors, coefficients.numbers, coefficients.present, strict=True)
+    out.copy_(
+        reference(x, *((number if tensor is None else tensor) if there else None for tensor, number, there in values))
+    )
+
+
+def _out_of_place(x: torch.Tensor, tensors: Tensors, numbers: Numbers, channels_last: bool | None) -> torch.Tensor:
+    _check(x, tensors)
+    coefficients = coefficients_for(x, tensors, numbers)
+    if _is_channels_last(x) is None:
+        x = x.contiguous()
+    out = torch.empty_like(x) if channels_last is None else _empty(x, channels_last)
+    if _runs_kernel(x):
+        launch(out, x, coefficients)
+    else:
+        _apply_reference(out, x, coefficients)
+    return out
+
+
+def _in_place(x: torch.Tensor, tensors: Tensors, numbers: Numbers) -> None:
+    _check(x, tensors)
+    coefficients = coefficients_for(x, tensors, numbers)
+    if not _runs_kernel(x):
+        _apply_reference(x, x, coefficients)
+    elif _is_channels_last(x) is None:
+        dense = x.contiguous()
+        launch(dense, None, coefficients)
+        x.copy_(dense)
+    else:
+        launch(x, None, coefficients)
+
+
+# triton_op registers the operators as their own fakes: on fake tensors a wrapped kernel is noted down, not launched. It
+# also looks for the kernels behind them at this point, for the keys of compile caches, so the bodies come first.
+
+
+@triton_op("fused_post::epilogue", mutates_args=())
+def epilogue(
+    x: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    lo: torch.Tensor | None = None,
+    hi: torch.Tensor | None = None,
+    scale_number: float = 1.0,
+    shift_number: float = 0.0,
+    lo_number: float | None = None,
+    hi_number: float | None = None,
+    channels_last: bool | None = None,
+) -> torch.Tensor:
+    """min(max(scale * x + shift, lo), hi), per channel, as a new tensor of x's shape and dtype.
+
+    ``x``: [N, C, *spatial], rank 3 to 5, float32, float16 or bfloat16. Each coefficient is a contiguous float32 tensor
+    [C] on x's device or, where that is None, the number; a bound that is None or infinite on its own side is no bound.
+    ``channels_last`` chooses the memory format of the result (strides (C*L, 1, C) for rank 3); None keeps x's own. An x
+    in neither format is made contiguous first. Raises ValueError or TypeError for anything else.
+    """
+    numbers = (scale_number, shift_number, lo_number, hi_number)
+    return _out_of_place(x, (scale, shift, lo, hi), numbers, channels_last)
+
+
+@triton_op("fused_post::epilogue_", mutates_args={"x"})
+def epilogue_(
+    x: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    lo: torch.Tensor | None = None,
+    hi: torch.Tensor | None = None,
+    scale_number: float = 1.0,
+    shift_number: float = 0.0,
+    lo_number: float | None = None,
+    hi_number: float | None = None,
+) -> None:
+    """``epilogue``, written over x. An x neither contiguous nor channels_last goes through a contiguous copy."""
+    _in_place(x, (scale, shift, lo, hi), (scale_number, shift_number, lo_number, hi_number))

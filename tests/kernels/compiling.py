@@ -1,0 +1,182 @@
+"""Compile the kernels that a launcher would launch, for GPUs that need not be there, and read off what came out.
+
+    launches = record_launches(module, lambda: module.launch(...))        # on fake tensors
+    compiled = compile_launch(launches[0], CHIPS["sm_90"])
+
+The kernels come from the launcher itself, so what is compiled is what ships.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A compilation target and the shared memory that one block may have on it."""
+
+    target: GPUTarget
+    shared_limit: int
+
+
+CHIPS = {
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * KIB),
+    "sm_89": Chip(GPUTarget("cuda", 89, 32), 99 * KIB),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * KIB),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * KIB),
+    "sm_120": Chip(GPUTarget("cuda", 120, 32), 99 * KIB),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * KIB),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with the arguments of one launch."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a launch compiled to. ``loads`` and ``stores`` count global accesses by their width in bits."""
+
+    registers: int
+    spills: int
+    shared: int
+    loads: Counter[int]
+    stores: Counter[int]
+    assembly: str
+
+
+def record_launches(module: ModuleType, run: Callable[[], object]) -> list[Launch]:
+    """The launches that ``run`` makes through ``module.wrap_triton``. Nothing is launched."""
+    launches: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                arguments = dict(zip(self.kernel.arg_names, args, strict=False))
+                arguments |= {name: value for name, value in kwargs.items() if name in self.kernel.arg_names}
+                options = {name: value for name, value in kwargs.items() if name not in self.kernel.arg_names}
+                launches.append(Launch(self.kernel, grid, arguments, options))
+
+            return launch
+
+    with mock.patch.object(module, "wrap_triton", Recorder):
+        run()
+    return launches
+
+
+def compile_launch(launch: Launch, chip: Chip, alignment: int = 16, number: str = "fp32") -> Compiled:
+    """Compile for ``chip`` what Triton's launcher would compile for tensors whose addresses ``alignment`` divides.
+
+    ``number`` is the type of Python floats: "fp32" for Triton's launcher, "fp64" for Inductor's.
+    """
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for position, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        signature[parameter.name] = "constexpr" if parameter.is_constexpr else _type_of(value, number)
+        if signature[parameter.name] == "constexpr":
+            constants[parameter.name] = value
+        elif alignment % 16 == 0 if isinstance(value, torch.Tensor) else isinstance(value, int) and value % 16 == 0:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=chip.target, options=launch.options)
+    return _read_amd(compiled) if chip.target.backend == "hip" else _read_nvidia(compiled)
+
+
+_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+def _type_of(value: Any, number: str) -> str:
+    """Triton's own rule: None and the integer 1 are constants, other integers are as narrow as they fit."""
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype]
+    if isinstance(value, float):
+        return number
+    if value is None or value == 1:
+        return "constexpr"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+@cache
+def _cuobjdump() -> Path:
+    import triton.backends.nvidia
+
+    return Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+
+
+def _read_nvidia(compiled: Any) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+
+        def dump(flag: str) -> str:
+            return subprocess.run([_cuobjdump(), flag, cubin.name], capture_output=True, text=True, check=True).stdout
+
+        usage, assembly = dump("-res-usage"), dump("-sass")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return Compiled(
+        registers=int(registers),
+        spills=int(stack) + len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
+        shared=compiled.metadata.shared,
+        loads=Counter(_sass_width(m) for m in re.findall(r"\bLDG\.(\S+)", assembly)),
+        stores=Counter(_sass_width(m) for m in re.findall(r"\bSTG\.(\S+)", assembly)),
+        assembly=assembly,
+    )
+
+
+def _sass_width(modifiers: str) -> int:
+    """LDG.E.EF.128.CONSTANT is 128 bits wide, LDG.E.U16 16, and LDG.E 32."""
+    widths = re.findall(r"\b[US]?(8|16|64|128|256)\b", modifiers)
+    return int(widths[0]) if widths else 32
+
+
+def _read_amd(compiled: Any) -> Compiled:
+    assembly = compiled.asm["amdgcn"]
+
+    def metadata(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", assembly).group(1))
+
+    def widths(direction: str) -> Counter[int]:
+        names = re.findall(rf"\b(?:global|buffer|flat)_{direction}_([a-z0-9_]+)", assembly)
+        return Counter(_amd_width(name) for name in names)
+
+    return Compiled(
+        registers=metadata("vgpr_count"),
+        spills=metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
+        shared=compiled.metadata.shared,
+        loads=widths("load"),
+        stores=widths("store"),
+        assembly=assembly,
+    )
+
+
+def _amd_width(name: str) -> int:
+    """dwordx4 is 128 bits wide; short, ushort and short_d16_hi 16."""
+    if name.startswith("dword"):
+        return 32 * int(name.removeprefix("dword").removeprefix("x") or 1)
+    return 16 if "short" in name else 8

@@ -1,0 +1,77 @@
+"""A twin of a kernel module that runs in Triton's interpreter, on the CPU, beside the compiled original.
+
+TRITON_INTERPRET=1 would decide for the whole process when a module is imported. The twin is a copy of the module's
+functions in a namespace of their own, in which every ``@triton.jit`` function is an interpreted one. Once a kernel has
+run, Triton is as it was before.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton.experimental.gluon  # Triton imports it late, and it must not meet interpreted functions then  # noqa: F401
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.jit import JITFunction
+
+
+def interpreted(module: ModuleType) -> SimpleNamespace:
+    """The functions of ``module``, calling each other, and interpreting its kernels. Operators stay the original's."""
+    return SimpleNamespace(**_twin(module))
+
+
+def _twin(module: ModuleType) -> dict[str, Any]:
+    namespace: dict[str, Any] = dict(vars(module))
+    for name, value in vars(module).items():
+        if isinstance(value, JITFunction):
+            namespace[name] = _Interpreted(_rebind(value.fn, namespace))
+        elif isinstance(value, FunctionType) and value.__module__ == module.__name__:
+            namespace[name] = _rebind(value, namespace)
+    return namespace
+
+
+def _rebind(function: Any, namespace: dict[str, Any]) -> FunctionType:
+    twin = FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    twin.__annotations__ = function.__annotations__
+    return twin
+
+
+class _Interpreted(InterpretedFunction):
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        with _interpreted_standard_library(), mock.patch.object(InterpreterBuilder, "cast_impl", _cast):
+            return super().run(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class, which never takes its patches of ``tl`` back after a call from within a kernel."""
+        scope = interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        finally:
+            scope.restore()
+
+
+@contextmanager
+def _interpreted_standard_library() -> Iterator[None]:
+    """Part of ``tl`` (cdiv, zeros, ...) is itself written in Triton."""
+    with ExitStack() as stack:
+        for name, value in _STANDARD.items():
+            if isinstance(value, _Interpreted) and isinstance(getattr(tl, name, None), JITFunction):
+                stack.enter_context(mock.patch.object(tl, name, value))
+        yield
+
+
+_STANDARD = _twin(tl.standard)
+_cast_impl = InterpreterBuilder.cast_impl
+
+
+def _cast(builder: InterpreterBuilder, source: TensorHandle, to: Any) -> TensorHandle:
+    """As GPUs do it: the interpreter itself cuts float32 to bfloat16 off instead of rounding it."""
+    if (source.dtype.scalar, to.scalar) == (tl.float32, tl.bfloat16):
+        rounded = torch.from_numpy(source.data).to(torch.bfloat16).view(torch.uint16).numpy()
+        return TensorHandle(rounded, tl.bfloat16)
+    return _cast_impl(builder, source, to)

@@ -1,0 +1,214 @@
+"""Every configuration that ships, compiled for every GPU we support: no spills, 16-byte accesses, shared memory."""
+
+import re
+from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton")
+
+import triton
+
+from fusion_backend.kernels import epilogue as kernels
+from fusion_backend.kernels.epilogue import FLAT_CONFIGS, TRANSPOSE_CONFIGS, VECTOR_BYTES, Config
+from tests.kernels.compiling import CHIPS, Compiled, Launch, compile_launch, record_launches
+
+every_chip = pytest.mark.parametrize("chip", CHIPS)
+
+# bfloat16 holds the most elements in a block, hence in registers; float32 is compiled where it is used the most.
+every_chip_and_dtype = pytest.mark.parametrize(
+    ("chip", "dtype"),
+    [*((chip, torch.bfloat16) for chip in CHIPS), ("sm_89", torch.float32), ("sm_90", torch.float32)],
+    ids=str,
+)
+
+# Each way in which the flat kernel finds an element's channel. The first two are the seed's.
+ROWS = ((128, 64, 256, 256), False)
+PIXELS = ((128, 64, 256, 256), True)
+UNITS = ((128, 64, 28, 28), False)
+UNITS_CHANNELS_LAST = ((128, 96, 28, 28), True)
+ELEMENTS = ((128, 64, 27, 27), False)
+ELEMENTS_CHANNELS_LAST = ((128, 3, 256, 256), True)
+
+
+def launch_of(
+    shape: tuple[int, ...],
+    from_last: bool,
+    to_last: bool,
+    dtype: torch.dtype,
+    config: Config | None = None,
+    in_place: bool = False,
+    numbers: tuple[float, float, float, float] | None = None,
+) -> Launch:
+    """The launch for a tensor of ``shape``; without numbers, for four coefficients per channel, the most there are."""
+    with FakeTensorMode():
+        x = kernels._empty(torch.empty(shape, dtype=dtype, device="cuda"), from_last)
+        out = x if in_place else kernels._empty(x, to_last)
+        values = tuple(None if numbers else torch.empty(shape[1], device="cuda") for _ in range(4))
+        given = kernels.coefficients_for(x, values, numbers or (1.0, 0.0, None, None))
+        (launch,) = record_launches(kernels, lambda: kernels.launch(out, None if in_place else x, given, config))
+    return launch
+
+
+def vectors_per_thread(config: Config, chip: str) -> int:
+    return config.block_bytes // (VECTOR_BYTES * config.num_warps * CHIPS[chip].target.warp_size)
+
+
+def problems(compiled: Compiled, chip: str, stores: int) -> Iterator[str]:
+    """What is wrong with a kernel whose every store, and a load for each, ought to be 16 bytes wide."""
+    if compiled.spills:
+        yield f"{compiled.spills} spills"
+    if compiled.shared > CHIPS[chip].shared_limit:
+        yield f"{compiled.shared} bytes of shared memory, {chip} has {CHIPS[chip].shared_limit} a block"
+    if compiled.stores != {128: stores}:
+        yield f"stores {dict(compiled.stores)}, not {stores} of 128 bits"
+    if compiled.loads[128] < stores:
+        yield f"loads {dict(compiled.loads)}, not at least {stores} of 128 bits"
+
+
+@every_chip_and_dtype
+@pytest.mark.parametrize("case", [ROWS, PIXELS], ids=["contiguous", "channels_last"])
+def test_every_flat_configuration(case: tuple[tuple[int, ...], bool], chip: str, dtype: torch.dtype) -> None:
+    shape, last = case
+    for config in FLAT_CONFIGS:
+        compiled = compile_launch(launch_of(shape, last, last, dtype, config), CHIPS[chip])
+        # A block that is whole and the last one take two branches.
+        assert not list(problems(compiled, chip, 2 * vectors_per_thread(config, chip))), config
+        assert compiled.shared == 0, config
+
+
+@every_chip_and_dtype
+@pytest.mark.parametrize("from_last", [False, True], ids=["to_channels_last", "to_contiguous"])
+def test_every_transposing_configuration(from_last: bool, chip: str, dtype: torch.dtype) -> None:
+    for config in TRANSPOSE_CONFIGS:
+        launch = launch_of((128, 64, 256, 256), from_last, not from_last, dtype, config)
+        compiled = compile_launch(launch, CHIPS[chip])
+        assert not list(problems(compiled, chip, vectors_per_thread(config, chip))), config
+        assert compiled.shared <= config.block_bytes, f"{config}: the tile is turned in a wider dtype than x's"
+
+
+LOOKUPS = pytest.mark.parametrize(
+    "case",
+    [UNITS, UNITS_CHANNELS_LAST, ELEMENTS, ELEMENTS_CHANNELS_LAST],
+    ids=["units", "units_channels_last", "elements", "elements_channels_last"],
+)
+
+
+def lookup_problems(case: tuple[tuple[int, ...], bool], dtype: torch.dtype, config: Config, chip: str) -> list[str]:
+    shape, last = case
+    launch = launch_of(shape, last, last, dtype, config)
+    # The launcher falls back to the first configuration where every element has its own lookup.
+    used = FLAT_CONFIGS[0] if launch.arguments["WIDTH"] == 1 else config
+    return list(problems(compile_launch(launch, CHIPS[chip]), chip, 2 * vectors_per_thread(used, chip)))
+
+
+@every_chip
+@LOOKUPS
+def test_every_other_lookup_of_channels(case: tuple[tuple[int, ...], bool], chip: str) -> None:
+    assert not lookup_problems(case, torch.bfloat16, FLAT_CONFIGS[3], chip)
+
+
+@LOOKUPS
+def test_the_other_lookups_in_every_configuration_on_the_seeds_gpu(case: tuple[tuple[int, ...], bool]) -> None:
+    for config in FLAT_CONFIGS:
+        assert not lookup_problems(case, torch.float16, config, "sm_89"), config
+
+
+@every_chip
+def test_in_place(chip: str) -> None:
+    for shape, last in (ROWS, PIXELS):
+        launch = launch_of(shape, last, last, torch.float16, FLAT_CONFIGS[3], in_place=True)
+        assert not list(
+            problems(compile_launch(launch, CHIPS[chip]), chip, 2 * vectors_per_thread(FLAT_CONFIGS[3], chip))
+        )
+
+
+@every_chip
+def test_an_odd_number_of_elements_narrows_the_last_block_only(chip: str) -> None:
+    launch = launch_of((1, 21, 513, 513), False, False, torch.float32, FLAT_CONFIGS[3])
+    compiled = compile_launch(launch, CHIPS[chip])
+    vectors = vectors_per_thread(FLAT_CONFIGS[3], chip)
+    assert compiled.spills == 0
+    assert compiled.stores == {128: vectors, 32: 4 * vectors}
+    assert compiled.loads[128] == vectors
+
+
+def test_addresses_beyond_31_bits_are_16_bytes_wide_too() -> None:
+    launch = launch_of((16, 64, 2048, 2048), False, False, torch.bfloat16, FLAT_CONFIGS[3])
+    assert launch.arguments["numel"] > 2**31
+    compiled = compile_launch(launch, CHIPS["sm_90"])
+    assert not list(problems(compiled, "sm_90", 2 * vectors_per_thread(FLAT_CONFIGS[3], "sm_90")))
+
+
+@pytest.mark.parametrize("chip", [chip for chip in CHIPS if chip.startswith("sm_")])
+def test_minima_and_maxima_let_nan_through(chip: str) -> None:
+    """The interpreter does so in any case."""
+    for to_last in (False, True):
+        compiled = compile_launch(launch_of((8, 64, 32, 32), False, to_last, torch.float32), CHIPS[chip])
+        bounds = re.findall(r"\bFMNMX\S*", compiled.assembly)
+        assert bounds
+        assert all(".NAN" in bound for bound in bounds)
+
+
+@pytest.mark.parametrize("to_last", [False, True])
+def test_numbers_that_arrive_in_float64_are_not_computed_with(to_last: bool) -> None:
+    """Inductor types a Python float as fp64, and a GPU has 2 to 64 times fewer units for that."""
+    launch = launch_of((128, 64, 256, 256), False, to_last, torch.float32, numbers=(0.3, 0.1, 0.0, 0.7))
+    compiled = compile_launch(launch, CHIPS["sm_89"], number="fp64")
+    assert not re.findall(r"\bD(?:ADD|MUL|FMA|SETP|MNMX)\b", compiled.assembly)
+    assert set(compiled.stores) == {128}
+
+
+def test_the_harness_sees_narrow_accesses() -> None:
+    compiled = compile_launch(launch_of(*ROWS, False, torch.float32, FLAT_CONFIGS[3]), CHIPS["sm_90"], alignment=4)
+    assert compiled.stores[128] == 0
+    assert compiled.stores[32] > 0
+
+
+@pytest.mark.parametrize(("case", "to_last"), [(ROWS, False), (PIXELS, True), (UNITS, False), (ROWS, True)], ids=str)
+def test_what_inductor_writes_out_again_compiles_to_the_same(
+    case: tuple[tuple[int, ...], bool], to_last: bool, tmp_path: Path
+) -> None:
+    """Inductor copies a kernel's source, and what that refers to, into a module of its own."""
+    wrapper = pytest.importorskip("torch._inductor.codegen.wrapper")
+    shape, from_last = case
+    launch = launch_of(shape, from_last, to_last, torch.bfloat16)
+    source = wrapper.user_defined_triton_kernel_transitive_closure_source_code(launch.kernel)
+    path = tmp_path / "again.py"
+    path.write_text(f"import triton\nimport triton.language as tl\n\n@triton.jit\n{source}")
+    spec = spec_from_file_location("again", path)
+    again = module_from_spec(spec)
+    spec.loader.exec_module(again)
+    copy = Launch(getattr(again, launch.kernel.__name__), launch.grid, launch.arguments, launch.options)
+    ours, theirs = (compile_launch(each, CHIPS["sm_90"]) for each in (launch, copy))
+    assert theirs == ours
+
+
+class _Driver:
+    """Enough of a driver for Triton to write a kernel down, as Inductor has it do to see what it writes to."""
+
+    def get_current_target(self) -> object:
+        return CHIPS["sm_90"].target
+
+
+@pytest.mark.parametrize(
+    ("case", "to_last"),
+    [(ROWS, False), (PIXELS, True), (UNITS, False), (ELEMENTS, False), (ROWS, True), (PIXELS, False)],
+    ids=str,
+)
+def test_inductor_sees_that_only_the_output_is_written(case: tuple[tuple[int, ...], bool], to_last: bool) -> None:
+    """Otherwise it would copy x and all coefficients first."""
+    wrapping = pytest.importorskip("torch._higher_order_ops.triton_kernel_wrap")
+    shape, from_last = case
+    for in_place in (False, True) if from_last == to_last else (False,):
+        launch = launch_of(shape, from_last, to_last, torch.float32, in_place=in_place)
+        kernel = wrapping.kernel_side_table.add_kernel(launch.kernel)
+        constants = wrapping.kernel_side_table.add_constant_args({})
+        with mock.patch.object(triton.runtime, "driver", SimpleNamespace(active=_Driver())):
+            assert wrapping.get_mutated_tensors(kernel, constants, launch.arguments, {}) == ["out_ptr"]
