@@ -15,7 +15,6 @@ to find its channel. Two kernels:
 NaN goes through and infinities clamp as in ``torch.clamp``; where lo > hi the result is hi, which is torch's rule too.
 """
 
-import ctypes
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +26,20 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
+from fusion_backend.kernels.coefficients import (
+    Coefficient,
+    Coefficients,
+    Numbers,
+    Tensors,
+    apply_coefficients,
+    check_coefficients,
+    coefficients_for,
+    load_coefficient,
+)
+from fusion_backend.kernels.layout import empty, is_channels_last
 from fusion_backend.kernels.support import DTYPES
 
 VECTOR_BYTES = 16
-
-Coefficient = torch.Tensor | float | None
 
 
 def reference(
@@ -94,42 +102,6 @@ def choose_config(transposing: bool, total_bytes: int) -> Config:
     """The configuration that fits a tensor of ``total_bytes``."""
     small, large = (TRANSPOSE_CONFIGS[0], TRANSPOSE_CONFIGS[1]) if transposing else (FLAT_CONFIGS[0], FLAT_CONFIGS[3])
     return large if guard_or_false(total_bytes >= ENOUGH_PROGRAMS * large.block_bytes) else small
-
-
-@triton.jit
-def _coefficient(value_ptr, number, channel, next_channel, beyond):
-    """The number where there is no pointer; else the channel's value, and the next channel's for elements beyond."""
-    if value_ptr is None:
-        value = tl.cast(number, tl.float32)  # Inductor hands numbers over in float64
-    else:
-        value = tl.load(value_ptr + channel)
-        if beyond is not None:
-            value = tl.where(beyond, tl.load(value_ptr + next_channel), value)
-    return value
-
-
-@triton.jit
-def _epilogue(
-    x,
-    scale,
-    shift,
-    lo,
-    hi,
-    HAS_SCALE: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-    HAS_LO: tl.constexpr,
-    HAS_HI: tl.constexpr,
-):
-    y = x.to(tl.float32)
-    if HAS_SCALE:
-        y = y * scale
-    if HAS_SHIFT:
-        y = y + shift
-    if HAS_LO:
-        y = tl.maximum(y, lo, propagate_nan=tl.PropagateNan.ALL)
-    if HAS_HI:
-        y = tl.minimum(y, hi, propagate_nan=tl.PropagateNan.ALL)
-    return y.to(x.dtype)
 
 
 @triton.jit
@@ -197,11 +169,11 @@ def _flat_kernel(
         if CHANNELS_LAST:
             channel = channel * WIDTH + tl.arange(0, WIDTH)[None, :]
 
-    scale = _coefficient(scale_ptr, scale, channel, next_channel, beyond)
-    shift = _coefficient(shift_ptr, shift, channel, next_channel, beyond)
-    lo = _coefficient(lo_ptr, lo, channel, next_channel, beyond)
-    hi = _coefficient(hi_ptr, hi, channel, next_channel, beyond)
-    y = _epilogue(x, scale, shift, lo, hi, HAS_SCALE, HAS_SHIFT, HAS_LO, HAS_HI)
+    scale = load_coefficient(scale_ptr, scale, channel, next_channel, beyond)
+    shift = load_coefficient(shift_ptr, shift, channel, next_channel, beyond)
+    lo = load_coefficient(lo_ptr, lo, channel, next_channel, beyond)
+    hi = load_coefficient(hi_ptr, hi, channel, next_channel, beyond)
+    y = apply_coefficients(x, scale, shift, lo, hi, HAS_SCALE, HAS_SHIFT, HAS_LO, HAS_HI)
 
     if inside >= BLOCK:
         tl.store(outs_ptr, y, eviction_policy=EVICTION)
@@ -255,55 +227,13 @@ def _transpose_kernel(
     x = tl.load(x_ptr + (by_channel if TO_CHANNELS_LAST else by_pixel), mask=inside, eviction_policy=EVICTION)
 
     known = tl.minimum(channel, C - 1)
-    scale = _coefficient(scale_ptr, scale, known, None, None)
-    shift = _coefficient(shift_ptr, shift, known, None, None)
-    lo = _coefficient(lo_ptr, lo, known, None, None)
-    hi = _coefficient(hi_ptr, hi, known, None, None)
-    y = _epilogue(x, scale, shift, lo, hi, HAS_SCALE, HAS_SHIFT, HAS_LO, HAS_HI)
+    scale = load_coefficient(scale_ptr, scale, known, None, None)
+    shift = load_coefficient(shift_ptr, shift, known, None, None)
+    lo = load_coefficient(lo_ptr, lo, known, None, None)
+    hi = load_coefficient(hi_ptr, hi, known, None, None)
+    y = apply_coefficients(x, scale, shift, lo, hi, HAS_SCALE, HAS_SHIFT, HAS_LO, HAS_HI)
 
     tl.store(out_ptr + (by_pixel if TO_CHANNELS_LAST else by_channel), y, mask=inside, eviction_policy=EVICTION)
-
-
-# scale, shift, lo and hi, in this order. A tensor wins over the number beside it; a bound of None is no bound.
-Tensors = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-Numbers = tuple[float, float, float | None, float | None]
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """What the kernels are told: pointers or None, numbers, and which coefficients there are at all."""
-
-    tensors: tuple[torch.Tensor | None, ...]
-    numbers: tuple[float, ...]
-    present: tuple[bool, ...]
-
-
-def coefficients_for(x: torch.Tensor, tensors: Tensors, numbers: Numbers) -> Coefficients:
-    """Drop the identities, and turn a number that is infinite or NaN in fp32 into a tensor: source cannot spell it."""
-    identities = (1.0, 0.0, -math.inf, math.inf)
-    all_tensors, all_numbers, present = [], [], []
-    for tensor, number, identity in zip(tensors, numbers, identities, strict=True):
-        number = identity if number is None else ctypes.c_float(number).value
-        is_number = tensor is None and number != identity
-        if is_number and not math.isfinite(number):
-            tensor = x.new_full((x.shape[1],), number, dtype=torch.float32)
-        all_tensors.append(tensor)
-        all_numbers.append(number if is_number and tensor is None else 0.0)
-        present.append(is_number or tensor is not None)
-    return Coefficients(tuple(all_tensors), tuple(all_numbers), tuple(present))
-
-
-def _is_channels_last(x: torch.Tensor) -> bool | None:
-    """False: contiguous, True: channels_last, None: neither. Tensors that are both count as contiguous."""
-    if x.is_contiguous():
-        return False
-    return True if x.movedim(1, -1).is_contiguous() else None
-
-
-def _empty(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """By strides and not by memory_format: that one Inductor would fill first, in a pass of its own."""
-    order = (0, *range(2, x.dim()), 1) if channels_last else tuple(range(x.dim()))
-    return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device)
 
 
 def launch(out: torch.Tensor, x: torch.Tensor | None, coefficients: Coefficients, config: Config | None = None) -> None:
@@ -311,7 +241,7 @@ def launch(out: torch.Tensor, x: torch.Tensor | None, coefficients: Coefficients
     if out.numel() == 0:
         return
     source = out if x is None else x
-    transposing = _is_channels_last(source) != _is_channels_last(out)
+    transposing = is_channels_last(source) != is_channels_last(out)
     config = config or choose_config(transposing, out.numel() * out.dtype.itemsize)
     if transposing:
         _launch_transpose(out, source, coefficients, config)
@@ -323,7 +253,7 @@ def _launch_flat(out: torch.Tensor, x: torch.Tensor | None, coefficients: Coeffi
     _, C, *sizes = out.shape
     S = math.prod(sizes)
     vector = VECTOR_BYTES // out.dtype.itemsize
-    channels_last = bool(_is_channels_last(out))
+    channels_last = bool(is_channels_last(out))
     known_at_once = all(tensor is None for tensor in coefficients.tensors)
 
     def is_whole_rows(config: Config) -> bool:
@@ -387,7 +317,7 @@ def _launch_transpose(out: torch.Tensor, x: torch.Tensor, coefficients: Coeffici
         S // s_unit,
         *coefficients.numbers,
         *coefficients.present,
-        TO_CHANNELS_LAST=bool(_is_channels_last(out)),
+        TO_CHANNELS_LAST=bool(is_channels_last(out)),
         C_UNIT=c_unit,
         S_UNIT=s_unit,
         BLOCK_C=block_c,
@@ -406,17 +336,7 @@ def _check(x: torch.Tensor, tensors: Tensors) -> None:
         raise ValueError(f"x has rank {x.dim()} (shape {tuple(x.shape)}); allowed are ranks 3 to 5: [N, C, *spatial]")
     if x.dtype not in DTYPES:
         raise TypeError(f"x has dtype {x.dtype}; allowed are {', '.join(map(str, DTYPES))}")
-    for name, tensor in zip(("scale", "shift", "lo", "hi"), tensors, strict=True):
-        if tensor is None:
-            continue
-        if tensor.dim() != 1 or tensor.shape[0] != x.shape[1]:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is [C] = ({x.shape[1]},), or a number")
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; allowed is torch.float32")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}; allowed is x's device, {x.device}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has stride {tensor.stride(0)}; allowed is 1: call .contiguous() on it")
+    check_coefficients(x.shape[1], x.device, tensors)
 
 
 def _runs_kernel(x: torch.Tensor) -> bool:
@@ -426,23 +346,16 @@ def _runs_kernel(x: torch.Tensor) -> bool:
     return type(x) in (torch.Tensor, torch.nn.Parameter)
 
 
-def _apply_reference(out: torch.Tensor, x: torch.Tensor, coefficients: Coefficients) -> None:
-    values = zip(coefficients.tensors, coefficients.numbers, coefficients.present, strict=True)
-    out.copy_(
-        reference(x, *((number if tensor is None else tensor) if there else None for tensor, number, there in values))
-    )
-
-
 def _out_of_place(x: torch.Tensor, tensors: Tensors, numbers: Numbers, channels_last: bool | None) -> torch.Tensor:
     _check(x, tensors)
     coefficients = coefficients_for(x, tensors, numbers)
-    if _is_channels_last(x) is None:
+    if is_channels_last(x) is None:
         x = x.contiguous()
-    out = torch.empty_like(x) if channels_last is None else _empty(x, channels_last)
+    out = torch.empty_like(x) if channels_last is None else empty(x.shape, x, channels_last)
     if _runs_kernel(x):
         launch(out, x, coefficients)
     else:
-        _apply_reference(out, x, coefficients)
+        out.copy_(reference(x, *coefficients.values))
     return out
 
 
@@ -450,8 +363,8 @@ def _in_place(x: torch.Tensor, tensors: Tensors, numbers: Numbers) -> None:
     _check(x, tensors)
     coefficients = coefficients_for(x, tensors, numbers)
     if not _runs_kernel(x):
-        _apply_reference(x, x, coefficients)
-    elif _is_channels_last(x) is None:
+        x.copy_(reference(x, *coefficients.values))
+    elif is_channels_last(x) is None:
         dense = x.contiguous()
         launch(dense, None, coefficients)
         x.copy_(dense)

@@ -43,7 +43,11 @@ def _rebind(function: Any, namespace: dict[str, Any]) -> FunctionType:
 
 class _Interpreted(InterpretedFunction):
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        with _interpreted_standard_library(), mock.patch.object(InterpreterBuilder, "cast_impl", _cast):
+        with (
+            _interpreted_standard_library(),
+            mock.patch.multiple(InterpreterBuilder, cast_impl=_cast, create_dot=_dot),
+            mock.patch.object(interpreter, "_patch_lang_tensor", _patch_tensor),
+        ):
             return super().run(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -75,3 +79,22 @@ def _cast(builder: InterpreterBuilder, source: TensorHandle, to: Any) -> TensorH
         rounded = torch.from_numpy(source.data).to(torch.bfloat16).view(torch.uint16).numpy()
         return TensorHandle(rounded, tl.bfloat16)
     return _cast_impl(builder, source, to)
+
+
+_create_dot = InterpreterBuilder.create_dot
+
+
+def _dot(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+    """The interpreter itself multiplies the bits of bfloat16 as if they were integers."""
+    if a.dtype.scalar == tl.bfloat16:
+        a, b = (_cast_impl(builder, each, tl.float32) for each in (a, b))
+    return _create_dot(builder, a, b, *rest)
+
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor(tensor: Any, scope: Any) -> None:
+    """Up to Triton 3.6 a loop's bounds cannot be worked out at run time where NumPy is 2.4 or later."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))

@@ -17,6 +17,7 @@ import triton
 
 from fusion_backend.kernels import epilogue as kernels
 from fusion_backend.kernels.epilogue import FLAT_CONFIGS, TRANSPOSE_CONFIGS, VECTOR_BYTES, Config
+from fusion_backend.kernels.layout import empty
 from tests.kernels.compiling import CHIPS, Compiled, Launch, compile_launch, record_launches
 
 every_chip = pytest.mark.parametrize("chip", CHIPS)
@@ -48,8 +49,8 @@ def launch_of(
 ) -> Launch:
     """The launch for a tensor of ``shape``; without numbers, for four coefficients per channel, the most there are."""
     with FakeTensorMode():
-        x = kernels._empty(torch.empty(shape, dtype=dtype, device="cuda"), from_last)
-        out = x if in_place else kernels._empty(x, to_last)
+        x = empty(shape, torch.empty(0, dtype=dtype, device="cuda"), from_last)
+        out = x if in_place else empty(shape, x, to_last)
         values = tuple(None if numbers else torch.empty(shape[1], device="cuda") for _ in range(4))
         given = kernels.coefficients_for(x, values, numbers or (1.0, 0.0, None, None))
         (launch,) = record_launches(kernels, lambda: kernels.launch(out, None if in_place else x, given, config))

@@ -1,0 +1,696 @@
+"""y = min(max(a * conv_transpose(x, w) + b, lo), hi): a transposed convolution with its tail inside.
+
+x is [N, C_in, *spatial] of rank 3 to 5, w [C_in, C_out / groups, *kernel]; a, b, lo and hi are each a number or one
+value per output channel. The accumulator never leaves the chip: y is written once, and rounded once.
+
+Each phase of the output (see ``phases``) is a dense convolution, hence a matrix product over its own taps and C_in:
+
+    [positions of the phase, taps * C_in] @ [taps * C_in, C_out]
+
+so no multiply-add is spent on a hole. A program computes BLOCK_M positions times COLUMNS columns; more than one phase a
+program, so that stores are contiguous and x is read less often, comes in two ways:
+
+    shared    neighbouring phases that read the same inputs (kernel == stride, kernel 16 with stride 8, ...) lie side by
+              side in the columns of one product
+    joined    neighbouring phases along W of a contiguous output have an accumulator each, and are interleaved
+
+Groups are separate products. Where one has too few channels for the tensor cores (depthwise), the same kernel
+multiplies and adds one channel at a time in fp32 instead: there TF32 does not apply, and the memory is the limit.
+
+The weight is packed for each call as [taps, groups, C_out / groups, C_in / groups] by plain torch operations, which
+compilers fold where the weight is constant. Beyond its edge x counts as zero, so a weight that is not finite makes NaN
+there.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+from torch.library import triton_op, wrap_triton
+from triton.runtime.jit import JITFunction
+
+from fusion_backend.kernels import epilogue
+from fusion_backend.kernels.coefficients import (
+    Coefficient,
+    Coefficients,
+    Numbers,
+    Tensors,
+    apply_coefficients,
+    check_coefficients,
+    coefficients_for,
+    load_coefficient,
+)
+from fusion_backend.kernels.layout import empty, is_channels_last
+from fusion_backend.kernels.phases import Axis
+from fusion_backend.kernels.support import DTYPES
+from fusion_backend.kernels.tiling import Problem, Tiling, choose_tiling
+
+# What every GPU gives to a block.
+LEAST_SHARED_MEMORY = 64 * 1024
+
+# From so many elements on, offsets take 64 bits.
+LONG = 2**31
+
+CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    axes: Sequence[Axis],
+    groups: int = 1,
+    scale: Coefficient = None,
+    shift: Coefficient = None,
+    lo: Coefficient = None,
+    hi: Coefficient = None,
+) -> torch.Tensor:
+    """The same in plain PyTorch. In float64 for a float64 x, else in float32; rounded once."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    y = CONV_TRANSPOSE[x.dim()](
+        x.to(compute),
+        weight.to(compute),
+        None,
+        [axis.stride for axis in axes],
+        [axis.padding for axis in axes],
+        [axis.output_padding for axis in axes],
+        groups,
+        [axis.dilation for axis in axes],
+    )
+    return epilogue.reference(y, scale, shift, lo, hi).to(x.dtype)
+
+
+@triton.jit
+def _taps(
+    phase,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    STEP: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    """A phase's first tap, the input offset of that, and how many taps there are."""
+    COMMON: tl.constexpr = STRIDE // STEP
+    shifted = phase + PADDING
+    first = shifted // COMMON * INVERSE % STEP
+    if KERNEL % STEP == 0:
+        count = KERNEL // STEP
+    else:
+        count = (KERNEL - first + STEP - 1) // STEP
+    if COMMON > 1:
+        count = tl.where(shifted % COMMON == 0, count, 0)
+    return first, (shifted - first * DILATION) // STRIDE, count
+
+
+@triton.jit
+def _round_to_tf32(x):
+    """To nearest; the tensor core by itself cuts the last 13 bits off, at three times the error."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _within(
+    outputs, along_row, along_column, SIZE, phase, STRIDE: tl.constexpr, GROWTH: tl.constexpr, SHARED: tl.constexpr
+):
+    """Narrow a mask to the outputs that exist, given the position of a tile's rows and columns along one dimension."""
+    if GROWTH % STRIDE != 0:
+        outputs = outputs & (along_row + along_column < SIZE)
+    if STRIDE % SHARED != 0:
+        outputs = outputs & (phase + along_column < STRIDE)
+    return outputs
+
+
+@triton.jit
+def _x_tile(
+    xs_ptr,
+    step,
+    per_channel,
+    q,
+    inside,
+    sizes,
+    offsets,
+    counts,
+    BACK: tl.constexpr,
+    MOVES: tl.constexpr,
+    PER_PIXEL: tl.constexpr,
+    C_IN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """The inputs of one step, zero where they are beyond x. ``xs_ptr`` points to those at q; BACK: from tap to tap."""
+    BLOCKS_K: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
+    q_d, q_h, q_w = q
+    D, H, W = sizes
+    offset_d, offset_h, offset_w = offsets
+    _, count_h, count_w = counts
+    tap = step // BLOCKS_K
+    k_0 = step % BLOCKS_K * BLOCK_K
+
+    distance = 0
+    if MOVES[0]:
+        move_d = offset_d - tap // (count_w * count_h) * BACK[0]
+        inside = inside & (q_d + move_d >= 0) & (q_d + move_d < D)
+        distance += move_d * (H * W)
+    if MOVES[1]:
+        move_h = offset_h - tap // count_w % count_h * BACK[1]
+        inside = inside & (q_h + move_h >= 0) & (q_h + move_h < H)
+        distance += move_h * W
+    if MOVES[2]:
+        move_w = offset_w - tap % count_w * BACK[2]
+        inside = inside & (q_w + move_w >= 0) & (q_w + move_w < W)
+        distance += move_w
+    exists = inside[:, None]
+    if C_IN % BLOCK_K != 0:
+        exists = exists & (k_0 + tl.arange(0, BLOCK_K) < C_IN)[None, :]
+    return tl.load(xs_ptr + (tl.cast(distance, OFFSET) * PER_PIXEL + k_0 * per_channel), mask=exists, other=0.0)
+
+
+@triton.jit
+def _conv_transpose_kernel(
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    shift_ptr,
+    lo_ptr,
+    hi_ptr,
+    N,
+    D,
+    H,
+    width,
+    scale,
+    shift,
+    lo,
+    hi,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    HAS_HI: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    X_LAST: tl.constexpr,
+    OUT_LAST: tl.constexpr,
+    W_UNIT: tl.constexpr,
+    KERNEL_D: tl.constexpr,
+    STRIDE_D: tl.constexpr,
+    PADDING_D: tl.constexpr,
+    DILATION_D: tl.constexpr,
+    STEP_D: tl.constexpr,
+    INVERSE_D: tl.constexpr,
+    GROWTH_D: tl.constexpr,
+    MOVES_D: tl.constexpr,
+    SHARED_D: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    STEP_H: tl.constexpr,
+    INVERSE_H: tl.constexpr,
+    GROWTH_H: tl.constexpr,
+    MOVES_H: tl.constexpr,
+    SHARED_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    STEP_W: tl.constexpr,
+    INVERSE_W: tl.constexpr,
+    GROWTH_W: tl.constexpr,
+    MOVES_W: tl.constexpr,
+    SHARED_W: tl.constexpr,
+    JOINED: tl.constexpr,
+    DOT: tl.constexpr,
+    TF32: tl.constexpr,
+    AHEAD: tl.constexpr,
+    LONG: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """BLOCK_M positions q of N * Q_d * Q_h * Q_w, times BLOCK_C channels of JOINED * SHARED phases.
+
+    C_IN and C_OUT are a group's channels. Without DOT a tile's channels are of any groups, and a step is one of C_in.
+    AHEAD loads x one step ahead, for inputs that cannot be copied to shared memory asynchronously. LONG: a tensor has
+    so many elements that offsets take 64 bits. ``width`` counts units of W_UNIT elements: the compiler sees only
+    whether 16 divides a number.
+    """
+    OFFSET: tl.constexpr = tl.int64 if LONG else tl.int32
+    CHANNELS: tl.constexpr = C_OUT if DOT else C_OUT * GROUPS  # that one run of tiles covers
+    ALL_IN: tl.constexpr = C_IN * GROUPS
+    ALL_OUT: tl.constexpr = C_OUT * GROUPS
+    COLUMNS: tl.constexpr = SHARED_D * SHARED_H * SHARED_W * BLOCK_C
+    WIDE: tl.constexpr = JOINED * SHARED_W  # phases along W in this program
+    BLOCKS_K: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
+    ROW_K: tl.constexpr = BLOCKS_K * BLOCK_K  # C_in as the weight is packed
+    W = width * W_UNIT
+
+    # Programs that read the same inputs are neighbours: channels, then phases, then groups, then positions.
+    TILES_C: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    TILES_W: tl.constexpr = (STRIDE_W + WIDE - 1) // WIDE
+    TILES_H: tl.constexpr = (STRIDE_H + SHARED_H - 1) // SHARED_H
+    TILES_D: tl.constexpr = (STRIDE_D + SHARED_D - 1) // SHARED_D
+    tile = tl.program_id(0)
+    channel_0 = tile % TILES_C * BLOCK_C
+    tile = tile // TILES_C
+    phase_w = tile % TILES_W * WIDE
+    tile = tile // TILES_W
+    phase_h = tile % TILES_H * SHARED_H
+    tile = tile // TILES_H
+    phase_d = tile % TILES_D * SHARED_D
+    tile = tile // TILES_D
+    group = 0
+    if DOT:
+        group = tile % GROUPS
+        tile = tile // GROUPS
+
+    # Positions: 64 bits find the first one, the others are near.
+    Q_D = D + ((GROWTH_D + STRIDE_D - 1) // STRIDE_D - 1)
+    Q_H = H + ((GROWTH_H + STRIDE_H - 1) // STRIDE_H - 1)
+    Q_W = W + ((GROWTH_W + STRIDE_W - 1) // STRIDE_W - 1)
+    image = Q_D * Q_H * Q_W
+    begin = tile.to(tl.int64) * BLOCK_M
+    first_n = begin // image
+    first_q = (begin - first_n * image).to(tl.int32)
+    first_n = first_n.to(OFFSET)
+
+    # [BLOCK_M]
+    m = first_q + tl.arange(0, BLOCK_M)
+    n = first_n + m // image
+    q_w = m % Q_W
+    q_h = m // Q_W % Q_H
+    q_d = m // (Q_W * Q_H) % Q_D
+    inside = n < N
+
+    # [COLUMNS]: shared phases times channels
+    column = tl.arange(0, COLUMNS)
+    channel = channel_0 + column % BLOCK_C
+    known = tl.minimum(channel, CHANNELS - 1)
+    e_w = column // BLOCK_C % SHARED_W
+    e_h = column // (BLOCK_C * SHARED_W) % SHARED_H
+    e_d = column // (BLOCK_C * SHARED_W * SHARED_H)
+
+    plane = tl.cast(D * H * W, OFFSET)
+    pixel = (q_d * H + q_h) * W + q_w
+    PER_PIXEL: tl.constexpr = ALL_IN if X_LAST else 1
+    per_channel = 1 if X_LAST else plane
+    row = (n * plane + pixel) * ALL_IN if X_LAST else n * (ALL_IN * plane) + pixel
+    k = tl.arange(0, BLOCK_K)
+    c_in = group * C_IN + k if DOT else known // C_OUT * C_IN
+    xs_ptr = x_ptr + (row[:, None] + (c_in * per_channel)[None, :])
+    q = (q_d, q_h, q_w)
+    sizes = (D, H, W)
+    MOVES: tl.constexpr = (MOVES_D, MOVES_H, MOVES_W)
+    BACK: tl.constexpr = (
+        DILATION_D * STEP_D // STRIDE_D,
+        DILATION_H * STEP_H // STRIDE_H,
+        DILATION_W * STEP_W // STRIDE_W,
+    )
+
+    first_d, offset_d, count_d = _taps(phase_d, KERNEL_D, STRIDE_D, PADDING_D, DILATION_D, STEP_D, INVERSE_D)
+    first_h, offset_h, count_h = _taps(phase_h, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H, STEP_H, INVERSE_H)
+
+    # A phase that is there only to fill a power of two up takes the weights of the last one.
+    shared_d = tl.minimum(e_d, STRIDE_D - 1 - phase_d)
+    shared_h = tl.minimum(e_h, STRIDE_H - 1 - phase_h)
+    for joined in tl.static_range(JOINED):
+        phase = phase_w + joined * SHARED_W
+        first_w, offset_w, count_w = _taps(phase, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W, STEP_W, INVERSE_W)
+        if STRIDE_W % WIDE != 0:
+            count_w = tl.where(phase < STRIDE_W, count_w, 0)
+        shared_w = tl.maximum(tl.minimum(e_w, STRIDE_W - 1 - phase), 0)
+        shared = (shared_d * KERNEL_H + shared_h) * KERNEL_W + shared_w
+        ws_ptr = weight_ptr + ((shared * GROUPS + group) * C_OUT + known).to(OFFSET) * ROW_K
+        if DOT:
+            ws_ptr = ws_ptr[None, :] + k[:, None]  # [BLOCK_K, COLUMNS]
+
+        counts = (count_d, tl.maximum(count_h, 1), tl.maximum(count_w, 1))  # there to divide by
+        offsets = (offset_d, offset_h, offset_w)
+        steps = count_d * count_h * count_w * BLOCKS_K
+        acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+        if AHEAD:
+            x_next = _x_tile(
+                xs_ptr, 0, per_channel, q, inside, sizes, offsets, counts, BACK, MOVES, PER_PIXEL, C_IN, BLOCK_K, OFFSET
+            )
+        for step in tl.range(0, steps, num_stages=STAGES):
+            x = _x_tile(
+                xs_ptr,
+                step + AHEAD,
+                per_channel,
+                q,
+                inside,
+                sizes,
+                offsets,
+                counts,
+                BACK,
+                MOVES,
+                PER_PIXEL,
+                C_IN,
+                BLOCK_K,
+                OFFSET,
+            )
+            if AHEAD:
+                x, x_next = x_next, x
+            tap = step // BLOCKS_K
+            tap_d = first_d + tap // (count_w * count_h) * STEP_D
+            tap_h = first_h + tap // count_w % count_h * STEP_H
+            tap_w = first_w + tap % count_w * STEP_W
+            tap = (tap_d * KERNEL_H + tap_h) * KERNEL_W + tap_w
+            w = tl.load(ws_ptr + (tap.to(OFFSET) * (ALL_OUT * ROW_K) + step % BLOCKS_K * BLOCK_K))
+            if DOT:
+                if TF32:
+                    x = _round_to_tf32(x)
+                acc = tl.dot(x, w, acc, input_precision="tf32" if TF32 else "ieee")
+            else:
+                acc += x.to(tl.float32) * w.to(tl.float32)[None, :]
+
+        of = (group * C_OUT + known)[None, :]
+        y = apply_coefficients(
+            acc,
+            load_coefficient(scale_ptr, scale, of, None, None),
+            load_coefficient(shift_ptr, shift, of, None, None),
+            load_coefficient(lo_ptr, lo, of, None, None),
+            load_coefficient(hi_ptr, hi, of, None, None),
+            HAS_SCALE,
+            HAS_SHIFT,
+            HAS_LO,
+            HAS_HI,
+        ).to(out_ptr.dtype.element_ty)
+        if joined == 0:
+            y_0 = y
+        elif joined == 1:
+            y_1 = y
+        elif joined == 2:
+            y_2 = y
+        else:
+            y_3 = y
+
+    O_D = D * STRIDE_D + (GROWTH_D - STRIDE_D)
+    O_H = H * STRIDE_H + (GROWTH_H - STRIDE_H)
+    O_W = W * STRIDE_W + (GROWTH_W - STRIDE_W)
+    plane = tl.cast(O_D * O_H * O_W, OFFSET)
+    if OUT_LAST:
+        o_d = q_d * STRIDE_D + phase_d
+        o_h = q_h * STRIDE_H + phase_h
+        o_w = q_w * STRIDE_W + phase_w
+        row = (n * plane + (o_d * O_H + o_h) * O_W + o_w) * ALL_OUT
+        along = tl.cast((e_d * O_H + e_h) * O_W + e_w, OFFSET) * ALL_OUT + group * C_OUT + channel
+        exists = inside[:, None] & (channel < CHANNELS)[None, :]
+        exists = _within(exists, o_d[:, None], e_d[None, :], O_D, phase_d, STRIDE_D, GROWTH_D, SHARED_D)
+        exists = _within(exists, o_h[:, None], e_h[None, :], O_H, phase_h, STRIDE_H, GROWTH_H, SHARED_H)
+        exists = _within(exists, o_w[:, None], e_w[None, :], O_W, phase_w, STRIDE_W, GROWTH_W, SHARED_W)
+        tl.store(out_ptr + (row[:, None] + along[None, :]), y_0, mask=exists)
+    else:
+        # [BLOCK_M, columns] -> [phases along D and H times channels, positions times phases along W]
+        if JOINED == 2:
+            y_0 = tl.join(y_0, y_1)
+        elif JOINED == 4:
+            y_0 = tl.join(tl.join(y_0, y_2), tl.join(y_1, y_3))
+        ROWS: tl.constexpr = SHARED_D * SHARED_H * BLOCK_C
+        y = y_0.reshape(BLOCK_M, SHARED_D * SHARED_H, SHARED_W, BLOCK_C, JOINED)
+        y = y.permute(1, 3, 0, 4, 2).reshape(ROWS, BLOCK_M * WIDE)
+
+        row = tl.arange(0, ROWS)
+        channel = channel_0 + row % BLOCK_C
+        e_h = row // BLOCK_C % SHARED_H
+        e_d = row // (BLOCK_C * SHARED_H)
+
+        m = first_q * WIDE + tl.arange(0, BLOCK_M * WIDE)
+        n = first_n + m // (image * WIDE)
+        o_w = m % (Q_W * WIDE)
+        o_h = m // (Q_W * WIDE) % Q_H * STRIDE_H + phase_h
+        o_d = m // (Q_W * WIDE * Q_H) % Q_D * STRIDE_D + phase_d
+        exists = n < N
+        if WIDE != STRIDE_W:
+            e_w = o_w % WIDE
+            exists = exists & (phase_w + e_w < STRIDE_W)
+            o_w = o_w // WIDE * STRIDE_W + phase_w + e_w
+        if GROWTH_W % STRIDE_W != 0:
+            exists = exists & (o_w < O_W)
+        exists = exists[None, :] & (channel < CHANNELS)[:, None]
+        exists = _within(exists, o_d[None, :], e_d[:, None], O_D, phase_d, STRIDE_D, GROWTH_D, SHARED_D)
+        exists = _within(exists, o_h[None, :], e_h[:, None], O_H, phase_h, STRIDE_H, GROWTH_H, SHARED_H)
+        row = (group * C_OUT + channel) * plane + (e_d * O_H + e_h) * O_W
+        along = n * (ALL_OUT * plane) + (o_d * O_H + o_h) * O_W + o_w
+        tl.store(out_ptr + (row[:, None] + along[None, :]), y, mask=exists)
+
+
+def problem_for(
+    x: torch.Tensor, weight: torch.Tensor, axes: Sequence[Axis], groups: int, out_last: bool, allow_tf32: bool
+) -> Problem:
+    N, C_in, *sizes = x.shape
+    spans = (_cdiv(axis.output_size(size), axis.stride) for axis, size in zip(axes, sizes, strict=True))
+    nvidia = torch.version.hip is None
+    compiled = isinstance(_conv_transpose_kernel, JITFunction)
+    fp32 = x.dtype == torch.float32
+    return Problem(
+        axes=(Axis(),) * (3 - len(axes)) + tuple(axes),
+        C_in=int(C_in) // groups,
+        C_out=int(weight.shape[1]),
+        groups=groups,
+        positions=N * math.prod(spans),
+        dtype=x.dtype,
+        x_last=bool(is_channels_last(x)),
+        out_last=out_last,
+        tf32=fp32 and allow_tf32 and nvidia and compiled,
+        exact=fp32 and not allow_tf32 and nvidia,
+        shared_limit=shared_memory_limit(x.device),
+    )
+
+
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have on ``device``; where that is not at hand, on the smallest GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return LEAST_SHARED_MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) or LEAST_SHARED_MEMORY
+
+
+def pack(weight: torch.Tensor, problem: Problem, tiling: Tiling) -> torch.Tensor:
+    """[taps, groups, C_out, C_in], C_in filled up with zeros to whole blocks, and rounded where the product is TF32."""
+    packed = weight.reshape(problem.groups, problem.C_in, problem.C_out, -1).permute(3, 0, 2, 1)
+    packed = packed.clone(memory_format=torch.contiguous_format)
+    if problem.tf32 and problem.dot:
+        # To nearest, ties away from zero, like cvt.rna.tf32.f32. A NaN stays as it is: its bits could overflow.
+        rounded = ((packed.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+        packed = torch.where(packed.isnan(), packed, rounded)
+    missing = -problem.C_in % tiling.block_k
+    return F.pad(packed, (0, missing)) if missing else packed
+
+
+def launch(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    problem: Problem,
+    tiling: Tiling,
+    coefficients: Coefficients,
+) -> None:
+    """Fill ``out`` from ``x``, both dense, that is contiguous or channels_last, and from what ``pack`` returns."""
+    if out.numel() == 0:
+        return
+    N, _, *sizes = x.shape
+    D, H, W = (1,) * (3 - len(sizes)) + tuple(sizes)
+    # Triton by itself sees only whether 16 divides a size.
+    unit = next(unit for unit in (8, 4, 2, 1) if guard_or_false(W % unit == 0))
+    axes = {
+        f"{name}_{letter}": value
+        for letter, axis, shared in zip("DHW", problem.axes, tiling.shared, strict=True)
+        for name, value in (
+            ("KERNEL", axis.kernel),
+            ("STRIDE", axis.stride),
+            ("PADDING", axis.padding),
+            ("DILATION", axis.dilation),
+            ("STEP", axis.step),
+            ("INVERSE", axis.inverse),
+            ("GROWTH", axis.growth),
+            ("MOVES", axis.moves),
+            ("SHARED", shared),
+        )
+    }
+    kernel: Any = _conv_transpose_kernel
+    if isinstance(_conv_transpose_kernel, JITFunction):
+        kernel = wrap_triton(_conv_transpose_kernel)
+    kernel[(tiling.programs,)](
+        out,
+        x,
+        packed,
+        *coefficients.tensors,
+        N,
+        D,
+        H,
+        W // unit,
+        *coefficients.numbers,
+        *coefficients.present,
+        C_IN=problem.C_in,
+        C_OUT=problem.C_out,
+        GROUPS=problem.groups,
+        X_LAST=problem.x_last,
+        OUT_LAST=problem.out_last,
+        W_UNIT=unit,
+        **axes,
+        JOINED=tiling.joined,
+        DOT=problem.dot,
+        TF32=problem.tf32,
+        AHEAD=problem.ahead,
+        LONG=guard_or_true(max(x.numel(), out.numel(), packed.numel()) >= LONG),
+        BLOCK_M=tiling.config.rows,
+        BLOCK_C=tiling.block_c,
+        BLOCK_K=tiling.block_k,
+        STAGES=tiling.config.num_stages,
+        num_warps=tiling.config.num_warps,
+    )
+
+
+def _cdiv(size: int, block: int) -> int:
+    return (size + block - 1) // block
+
+
+def _axes(
+    rank: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Axis, ...]:
+    """One for each spatial dimension, from lists of one number for all of them or one for each."""
+    columns = [[int(size) for size in kernel]]
+    for name, values, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("output_padding", output_padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if len(values) not in (1, rank):
+            raise ValueError(f"{name} is {list(values)}; allowed is one number, or one for each of {rank} dimensions")
+        if min(values) < least:
+            raise ValueError(f"{name} is {list(values)}; allowed are numbers from {least}")
+        columns.append([int(value) for value in values] * (rank // len(values)))
+    axes = tuple(Axis(*values) for values in zip(*columns, strict=True))
+    for axis in axes:
+        if axis.output_padding >= max(axis.stride, axis.dilation):
+            raise ValueError(
+                f"output_padding is {axis.output_padding}; allowed are numbers below stride {axis.stride} or "
+                f"dilation {axis.dilation}"
+            )
+    return axes
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, groups: int) -> None:
+    if not 3 <= x.dim() <= 5:
+        raise ValueError(
+            f"x has rank {x.dim()} (shape {tuple(x.shape)}); allowed are ranks 3 to 5: [N, C_in, *spatial]"
+        )
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}; allowed are {', '.join(map(str, DTYPES))}")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight has dtype {weight.dtype}; allowed is x's, {x.dtype}")
+    if weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device}; allowed is x's device, {x.device}")
+    if weight.dim() != x.dim() or weight.shape[0] != x.shape[1] or weight.numel() == 0:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; allowed is [C_in, C_out / groups, *kernel] of rank {x.dim()} "
+            f"with C_in = {x.shape[1]}, not empty"
+        )
+    if groups < 1 or x.shape[1] % groups != 0:
+        raise ValueError(f"groups is {groups}; allowed are divisors of C_in = {x.shape[1]}")
+
+
+def _runs_kernel(x: torch.Tensor) -> bool:
+    """Kernels run on GPUs; under TRITON_INTERPRET=1 everywhere, though not on the fake tensors of a tracer."""
+    if isinstance(_conv_transpose_kernel, JITFunction):
+        return x.device.type in ("cuda", "hip")
+    return type(x) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _conv_transpose(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    tensors: Tensors,
+    numbers: Numbers,
+    channels_last: bool | None,
+    allow_tf32: bool,
+) -> torch.Tensor:
+    groups = int(groups)
+    _check(x, weight, groups)
+    C_out = int(weight.shape[1]) * groups
+    check_coefficients(C_out, x.device, tensors)
+    axes = _axes(x.dim() - 2, weight.shape[2:], stride, padding, output_padding, dilation)
+    if is_channels_last(x) is None:
+        x = x.clone(memory_format=torch.contiguous_format)
+    out_last = bool(is_channels_last(x)) if channels_last is None else channels_last
+    sizes = [axis.output_size(size) for axis, size in zip(axes, x.shape[2:], strict=True)]
+    if not guard_or_true(min(sizes) > 0):
+        raise ValueError(
+            f"the output would have sizes {sizes}; allowed are sizes from 1: x is too small or padding too large"
+        )
+    out = empty((x.shape[0], C_out, *sizes), x, out_last)
+    coefficients = coefficients_for(out, tensors, numbers)
+    if _runs_kernel(x):
+        problem = problem_for(x, weight, axes, groups, out_last, allow_tf32)
+        tiling = choose_tiling(problem)
+        launch(out, x, pack(weight, problem, tiling), problem, tiling, coefficients)
+    else:
+        out.copy_(reference(x, weight, axes, groups, *coefficients.values))
+    return out
+
+
+# The body comes first: where triton_op registers an operator it looks for the kernels behind it, for compile caches.
+
+
+@triton_op("fused_post::conv_transpose", mutates_args=())
+def conv_transpose(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    lo: torch.Tensor | None = None,
+    hi: torch.Tensor | None = None,
+    scale_number: float = 1.0,
+    shift_number: float = 0.0,
+    lo_number: float | None = None,
+    hi_number: float | None = None,
+    channels_last: bool | None = None,
+    allow_tf32: bool = True,
+) -> torch.Tensor:
+    """min(max(scale * conv_transpose(x, weight) + shift, lo), hi), as [N, C_out, *spatial] of x's dtype.
+
+    ``x``: [N, C_in, *spatial], rank 3 to 5, float32, float16 or bfloat16; ``weight``: [C_in, C_out / groups, *kernel]
+    of the same dtype. ``stride``, ``padding``, ``output_padding`` and ``dilation`` hold one number, or one a dimension,
+    and mean what they mean in ``torch.nn.functional.conv_transpose2d``. Each coefficient is a contiguous float32 tensor
+    [C_out] on x's device or, where that is None, the number; a bound that is None or infinite on its own side is none.
+    ``channels_last`` chooses the memory format of the result (strides (C*L, 1, C) for rank 3); None keeps x's own. An x
+    in neither format is made contiguous first. ``allow_tf32``: on NVIDIA's tensor cores float32 x and weight are
+    rounded to TF32. Raises ValueError or TypeError for anything else.
+    """
+    numbers = (scale_number, shift_number, lo_number, hi_number)
+    return _conv_transpose(
+        x,
+        weight,
+        stride,
+        padding,
+        output_padding,
+        dilation,
+        groups,
+        (scale, shift, lo, hi),
+        numbers,
+        channels_last,
+        allow_tf32,
+    )
