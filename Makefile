@@ -45,8 +45,7 @@ test-gpu: $(READY)  ## the tests that need a GPU; PY=python3 where nothing can b
 	$(PY) -m pytest -m gpu $(ARGS)
 
 bench: $(READY)  ## benchmarks on this machine's GPU, data into benchmarks/results; PY=python3 as above
-	$(PY) -m benchmarks.epilogue
-	$(PY) -m benchmarks.sites $(ARGS)
+	@status=0; for script in epilogue conv_transpose sites; do $(PY) -m benchmarks.$$script || status=1; done; exit $$status
 
 build: $(READY)  ## sdist and wheel into dist
 	rm -rf build dist

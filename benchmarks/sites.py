@@ -37,7 +37,7 @@ def backend() -> str | Callable[..., object]:
 
 
 def contenders(model: nn.Module) -> dict[str, Callable[..., Tensor]]:
-    kernels = ("auto", "epilogue", "inductor")
+    kernels = ("auto", "fused", "epilogue", "inductor")
     return {
         "eager": model,
         "inductor": torch.compile(twin(model, "inductor")),

@@ -12,7 +12,7 @@ from torch import fx
 
 from fusion_backend import options as opt
 from fusion_backend import rewrite
-from fusion_backend.patterns.site import Site
+from fusion_backend.patterns.site import Site, match
 from fusion_backend.plan import Decision, make_plan
 from fusion_backend.report import describe
 
@@ -24,7 +24,7 @@ def fused_post(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any)
 
     ``mode`` and ``options`` are those of ``torch.compile``; ``options`` takes every option of Inductor and our own:
 
-    ``"fused_post.kernel"``  "auto" (default), "epilogue" or "inductor": which implementation the sites get
+    ``"fused_post.kernel"``  "auto" (default), "fused", "epilogue" or "inductor": what the sites get
     ``"fused_post.strict"``  False (default) or True: raise our own mistakes instead of logging them
 
     Raises ValueError on an unknown key or value.
@@ -71,30 +71,37 @@ def fuse(gm: fx.GraphModule, options: opt.Options) -> Fused:
     """Rewrite ``gm`` in place according to its plan. On an exception ``gm`` is as it was."""
     plan = make_plan(gm, options)
     log.debug("%s", describe(plan))
-    sites = [(d.found, d.kernel) for d in plan if isinstance(d.found, Site) and d.kernel is not None]
-    modules = {_module(site) for site, _ in sites}
+    matched = [decision for decision in plan if decision.kernel is not None]
+    modules = {_module(decision.node) for decision in matched}
     fused = Fused(plan, {module: _copy(module.graph) for module in modules})
     try:
-        rewritten = [_IMPLEMENTATIONS[kernel](site) for site, kernel in sites]
+        rewritten = [_rewrite(decision) for decision in matched]
         for module in modules if any(rewritten) else ():
             module.graph.lint()
             module.recompile()
     except Exception:
         fused.undo()
         raise
-    log.info("%d transposed convolutions, %d matched, %d rewritten", len(plan), len(sites), sum(rewritten))
+    log.info("%d transposed convolutions, %d matched, %d rewritten", len(plan), len(matched), sum(rewritten))
     return fused
 
 
-# How each kernel is put into a graph; each says whether it changed anything.
+def _rewrite(decision: Decision) -> bool:
+    """Put the kernel in; say whether anything changed. The site is read anew: one before it may hold its operands."""
+    site = match(decision.node)
+    return isinstance(site, Site) and _IMPLEMENTATIONS[decision.kernel or "inductor"](site)
+
+
+# How each kernel is put into a graph.
 _IMPLEMENTATIONS: dict[str, Callable[[Site], bool]] = {
     "inductor": lambda site: rewrite.fold(site),
     "epilogue": lambda site: rewrite.use_epilogue(site),
+    "fused": lambda site: rewrite.use_fused(site),
 }
 
 
-def _module(site: Site) -> fx.GraphModule:
-    module = site.convolution.node.graph.owning_module
+def _module(node: fx.Node) -> fx.GraphModule:
+    module = node.graph.owning_module
     assert module is not None, "a graph that is compiled belongs to a module"
     return module
 

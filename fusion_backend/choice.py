@@ -1,8 +1,8 @@
 """Which implementation a site gets, and why.
 
-``auto`` takes a kernel of ours only where a measurement shows it to be faster than Inductor. The epilogue kernel moves
-the same bytes as the pointwise kernel that Inductor makes of the tail, so there is no such measurement, and ``auto``
-leaves every site to Inductor, with the tail folded.
+``auto`` takes a kernel of ours only where a measurement shows it to be faster than Inductor. There is none yet: the
+epilogue kernel moves the same bytes as the pointwise kernel that Inductor makes of the tail, and the fused kernel has
+not been timed. So ``auto`` leaves every site to Inductor, with the tail folded.
 """
 
 from __future__ import annotations
@@ -16,23 +16,28 @@ from fusion_backend.patterns.source import is_tensor, value_of
 
 @dataclass(frozen=True)
 class Choice:
-    """``kernel`` is "epilogue", "inductor", or None where the site stays as the user wrote it."""
+    """``kernel`` is "fused", "epilogue", "inductor", or None where the site stays as the user wrote it."""
 
     kernel: str | None
     why: str
 
 
-def choose(site: Site, requested: str) -> Choice:
-    if _needs_gradient(site):
+def choose(site: Site, requested: str, functions: frozenset[str] = frozenset()) -> Choice:
+    """``requested`` is the user's ``fused_post.kernel``; ``functions`` are the names that the whole graph calls."""
+    if _needs_gradient(site) or "_make_dual" in functions:
         return Choice(None, "a gradient flows through it, and folding would change gradients at the bounds")
     if requested == "inductor":
         return _inductor(site, "asked for")
     if requested == "auto":
         return _inductor(site, "no kernel here is measured to be faster than Inductor's own")
-    problem = why_no_epilogue(site)
+    problem = why_no_kernel(site)
+    if not problem and "_vmap_increment_nesting" in functions:
+        problem = "it has no batching rule for torch.vmap"
+    if not problem and requested == "fused" and site.convolution.weight is None:
+        problem = "the convolution is a module call, which keeps its weight to itself"
     if problem:
-        return _inductor(site, f"the epilogue kernel cannot run: {problem}")
-    return Choice("epilogue", "asked for")
+        return _inductor(site, f"the {requested} kernel cannot run: {problem}")
+    return Choice(requested, "asked for")
 
 
 def _inductor(site: Site, why: str) -> Choice:
@@ -41,8 +46,8 @@ def _inductor(site: Site, why: str) -> Choice:
     return Choice("inductor", f"{why}; {tail}")
 
 
-def why_no_epilogue(site: Site) -> str | None:
-    """Why the epilogue kernel cannot run the site, or None where it can."""
+def why_no_kernel(site: Site) -> str | None:
+    """Why no Triton kernel of ours can run the site, or None where one can."""
     value = site.convolution.value
     device = getattr(value, "device", None)
     if device is None:
@@ -55,8 +60,5 @@ def why_no_epilogue(site: Site) -> str | None:
 
 
 def _needs_gradient(site: Site) -> bool:
-    """Whether a gradient (or, with forward-mode differentiation somewhere in the graph, a tangent) flows through it."""
     values = [value_of(node) for node in (site.convolution.node, *site.tail)]
-    if any(is_tensor(value) and value.requires_grad for value in values):
-        return True
-    return any(getattr(node.target, "__name__", "") == "_make_dual" for node in site.convolution.node.graph.nodes)
+    return any(is_tensor(value) and value.requires_grad for value in values)

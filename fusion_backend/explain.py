@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo import convert_frame, eval_frame
 from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 
 from fusion_backend import options as opt
@@ -20,8 +22,10 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """What ``torch.compile(model, backend="fused_post")`` does with each transposed convolution of ``model``.
 
     Runs ``model(*args, **kwargs)`` once, eagerly, under Dynamo, in the gradient mode of the caller: under
-    ``torch.no_grad()`` it reports inference, else training. A module that was compiled with this backend is explained
-    with its own options. Compiled code of the model, and its compile caches, are neither used nor touched.
+    ``torch.no_grad()`` it reports inference, else training. A module that ``torch.compile(module, ...)`` returned is
+    explained with the options it was compiled with, anything else with the default ones. The model's compiled code is
+    neither used nor touched (before torch 2.13: where the model is compiled and has graph breaks, each call adds an
+    entry to Dynamo's cache for it).
     """
     module, options, dynamic = _unwrap(model)
     sites: list[SiteReport] = []
@@ -30,9 +34,23 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         sites.extend(describe(make_plan(gm, options)).sites)
         return gm.forward
 
-    with torch._dynamo.config.patch(recompile_limit=2**31):
-        torch.compile(_fresh(module), backend=record, dynamic=dynamic)(*args, **kwargs)
+    arguments: dict[str, Any] = {"backend": record, "dynamic": dynamic}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        arguments["isolate_recompiles"] = True
+    compiled_before = _compiled()
+    try:
+        with torch._dynamo.config.patch(recompile_limit=2**31), torch.compiler.set_stance("default"):
+            torch.compile(_fresh(module), **arguments)(*args, **kwargs)
+    finally:
+        for code in _compiled() - compiled_before:
+            eval_frame.reset_code(code)  # type: ignore[attr-defined]
     return Report(tuple(sites))
+
+
+def _compiled() -> set[types.CodeType]:
+    """The code objects for which Dynamo's cache has an entry."""
+    codes = {reference() for reference in convert_frame.input_codes.seen}
+    return {code for code in codes if code is not None and eval_frame._debug_get_cache_entry_list(code)}
 
 
 def _unwrap(model: Callable[..., Any]) -> tuple[Callable[..., Any], opt.Options, bool | None]:

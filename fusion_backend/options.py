@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 PREFIX = "fused_post."
-KERNELS = ("auto", "epilogue", "inductor")
+KERNELS = ("auto", "fused", "epilogue", "inductor")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ class Options:
 
 def parse(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
     """Our options, and the rest, which is Inductor's. Raises ValueError on a key or a value of ours that is unknown."""
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"options={options!r}; allowed is a dict from option name to value")
+    for key in options or {}:
+        if not isinstance(key, str):
+            raise ValueError(f"option {key!r} is not a str; options are named by strings such as {PREFIX}kernel")
     ours = {key: value for key, value in (options or {}).items() if key.startswith(PREFIX)}
     rest = {key: value for key, value in (options or {}).items() if key not in ours}
     known = [PREFIX + name for name in Options.__dataclass_fields__]

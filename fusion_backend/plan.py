@@ -8,7 +8,7 @@ from torch import fx
 
 from fusion_backend.choice import Choice, choose
 from fusion_backend.options import Options
-from fusion_backend.patterns.site import Site, find_convolutions, match
+from fusion_backend.patterns.site import Site, find_convolutions, functions, match
 from fusion_backend.patterns.source import Miss
 
 
@@ -27,9 +27,10 @@ class Decision:
 
 def make_plan(module: fx.GraphModule, options: Options) -> tuple[Decision, ...]:
     """One decision for each transposed convolution, in graph order. Changes nothing."""
-    return tuple(_decide(node, options) for node in find_convolutions(module))
+    called = functions(module)
 
+    def decide(node: fx.Node) -> Decision:
+        found = match(node)
+        return Decision(node, found, choose(found, options.kernel, called) if isinstance(found, Site) else None)
 
-def _decide(node: fx.Node, options: Options) -> Decision:
-    found = match(node)
-    return Decision(node, found, choose(found, options.kernel) if isinstance(found, Site) else None)
+    return tuple(decide(node) for node in find_convolutions(module))

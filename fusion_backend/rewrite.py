@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.proxy import GraphAppendingTracer
 
 from fusion_backend.patterns import coefficient as co
@@ -35,33 +36,86 @@ def use_epilogue(site: Site) -> bool:
     from fusion_backend.kernels import epilogue  # noqa: F401  the import registers the operator, and needs triton
 
     node, readers = site.convolution.node, _readers(site)
-    with node.graph.inserting_before(site.last if site.tail else node.next):
+    with _inserting(site):
         y = _without_bias(site) if site.convolution.bias is not None else node
-        form = site.biased
-        tensors = [_vector(site, c) for c in form.coefficients]
-        numbers = [c if isinstance(c, float) else none for c, none in zip(form.coefficients, _IDENTITY, strict=True)]
-        node.graph.call_function(torch.ops.fused_post.epilogue_.default, (y, *tensors, *numbers))
+        node.graph.call_function(torch.ops.fused_post.epilogue_.default, (y, *_coefficients(site)))
     _replace(site, readers, y)
     if y is not node:
         node.graph.erase_node(node)
     return True
 
 
+def use_fused(site: Site) -> bool:
+    """Replace convolution, bias and tail by the operator ``fused_post::conv_transpose``."""
+    from fusion_backend.kernels import conv_transpose  # noqa: F401  the import registers the operator, and needs triton
+
+    convolution, readers = site.convolution, _readers(site)
+    node, value = convolution.node, convolution.value
+    assert convolution.weight is not None
+    with _inserting(site):
+        sizes = (convolution.stride, convolution.padding, convolution.output_padding, convolution.dilation)
+        inputs = (_as(value.dtype, convolution.x), _as(value.dtype, convolution.weight))
+        layout = (_is_channels_last(value), torch.backends.cudnn.allow_tf32)
+        arguments = (*inputs, *(list(size or ()) for size in sizes), convolution.groups, *_coefficients(site), *layout)
+        y = node.graph.call_function(torch.ops.fused_post.conv_transpose.default, arguments)
+    _replace(site, readers, y)
+    node.graph.erase_node(node)
+    return True
+
+
 _IDENTITY = (1.0, 0.0, -math.inf, math.inf)
 
 
+def _inserting(site: Site) -> Any:
+    """Where a site's implementation goes: behind everything it reads, before everything that reads its result."""
+    return site.last.graph.inserting_before(site.last if site.tail else site.last.next)
+
+
+def _coefficients(site: Site) -> tuple[fx.Node | float | None, ...]:
+    """The normal form, bias included, as our operators take it: four vectors or None, and four numbers."""
+    coefficients = site.biased.coefficients
+    leaf = _leaf_reader(site, GraphAppendingTracer(site.last.graph))
+    known: dict[int, Any] = {}
+    channels = site.convolution.value.shape[1]
+
+    def vector(c: Coefficient) -> fx.Node | None:
+        """[C] float32 contiguous, or None for a number."""
+        if isinstance(c, float):
+            return None
+        proxy = co.evaluate(c, leaf, known)
+        return (proxy if _is_per_channel(c) else proxy.expand(channels)).contiguous().node
+
+    numbers = [c if isinstance(c, float) else none for c, none in zip(coefficients, _IDENTITY, strict=True)]
+    return (*map(vector, coefficients), *numbers)
+
+
+def _as(dtype: torch.dtype, node: fx.Node) -> fx.Node:
+    """``node`` in ``dtype``: under autocast the convolution casts its inputs."""
+    known = value_of(node)
+    return node if known is None or known.dtype == dtype else node.graph.call_method("to", (node, dtype))
+
+
+def _is_channels_last(value: Any) -> bool | None:
+    """The memory format that eager's convolution gives; None, for that of the input, where strides are not recorded."""
+    stride = getattr(value, "stride", None)
+    if not callable(stride):
+        return None
+    return value.shape[1] != 1 and bool(statically_known_true(stride(1) == 1))
+
+
 def _folded(site: Site) -> fx.Proxy:
-    """min(max(a*y + b, lo), hi); computed in float32 if the value is half precision and a coefficient a tensor."""
+    """min(max(a*y + b, lo), hi), in float32 where the value is half precision, rounded once."""
     value, form = site.convolution.value, site.form
     tracer = GraphAppendingTracer(site.last.graph)
     y: Any = fx.Proxy(site.convolution.node, tracer)
     compute = _compute_dtype(value.dtype)
-    cast = compute != value.dtype and any(co.leaves(c) for c in form.coefficients)
+    cast = compute != value.dtype
     spatial = (1,) * site.convolution.rank
     leaf = _leaf_reader(site, tracer)
+    known: dict[int, Any] = {}
 
     def broadcast(c: Coefficient) -> Any:
-        tensor = co.evaluate(c, leaf)
+        tensor = co.evaluate(c, leaf, known)
         return tensor.reshape(-1, *spatial) if _is_per_channel(c) else tensor
 
     if cast:
@@ -111,16 +165,6 @@ def _leaf_reader(site: Site, tracer: GraphAppendingTracer) -> Callable[[Leaf], f
         return read[leaf.value]
 
     return leaf
-
-
-def _vector(site: Site, c: Coefficient) -> fx.Node | None:
-    """``c`` as a [C] float32 contiguous node, or None where it is a number."""
-    if isinstance(c, float):
-        return None
-    proxy = co.evaluate(c, _leaf_reader(site, GraphAppendingTracer(site.last.graph)))
-    if not _is_per_channel(c):
-        proxy = proxy.expand(site.convolution.value.shape[1])
-    return proxy.contiguous().node
 
 
 def _is_per_channel(c: Coefficient) -> bool:

@@ -5,6 +5,7 @@
 ``operand``      what stands beside the value in such a call: a number, or one value per channel
 ``coefficient``  arithmetic on numbers and per-channel values that become known only when the model runs
 ``algebra``      the normal form of a run of affine and clamp steps
+``barrier``      what may stand between a convolution and the end of its tail
 ``site``         the walk that puts these together
 """
 

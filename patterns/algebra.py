@@ -20,7 +20,8 @@ zero behind one bound, or a channel is divided by zero, an infinite or a NaN res
 
 Rounding: every step rounds once in eager, the normal form at most twice. a*x + b can cancel where the user's order,
 (x + c)*s, does not; but x carries the convolution's own rounding of about half a unit in its last place, and that is
-scaled by the same a, so the sum stays within a small factor of eager's error.
+scaled by the same a, so the sum stays within a small factor of eager's error. The sign of a zero may differ, since
+x + 0 is taken for x.
 """
 
 from __future__ import annotations
@@ -83,9 +84,9 @@ class NormalForm:
 
     @property
     def operations(self) -> int:
-        """How many of multiply, add and clamp it takes: 0 for the identity, 3 at most."""
-        bounded = (self.lo, self.hi) != (-math.inf, math.inf)
-        return (self.scale != 1.0) + (self.shift != 0.0) + bounded
+        """How many operations it takes: multiply, add and clamp, and those that compute the coefficients."""
+        bounded = self.lo != -math.inf or self.hi != math.inf
+        return (self.scale != 1.0) + (self.shift != 0.0) + bounded + len(co.formulas(*self.coefficients))
 
     def __str__(self) -> str:
         y = co.times(co.text(self.scale), "x")
@@ -168,7 +169,7 @@ def _clamped(form: NormalForm, lo: Coefficient, hi: Coefficient) -> NormalForm |
 def _within_float32(form: NormalForm) -> NormalForm | Refusal:
     if co.is_infinite(form.scale) or co.is_infinite(form.shift):
         return Refusal("a folded coefficient overflows float32")
-    for number in (n for c in form.coefficients for n in co.numbers(c)):
+    for number in co.numbers(*form.coefficients):
         if math.isfinite(number) and abs(number) > LARGEST:
             return Refusal(f"the folded coefficient {number:g} overflows float32")
     if isinstance(form.scale, float) and abs(form.scale) < SMALLEST_NORMAL:

@@ -24,12 +24,15 @@ class Leaf:
     per_channel: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Formula:
-    """``op`` of ``OPERATIONS`` applied to ``args``."""
+    """``op`` of ``OPERATIONS`` applied to ``args``. Formulas share parts: walk them by identity, each part once."""
 
     op: str
     args: tuple[Coefficient, ...]
+
+    def __repr__(self) -> str:
+        return text(self)
 
 
 Coefficient = float | Leaf | Formula
@@ -141,32 +144,46 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def evaluate(c: Coefficient, leaf: Callable[[Leaf], Any]) -> Any:
+def evaluate(c: Coefficient, leaf: Callable[[Leaf], Any], known: dict[int, Any] | None = None) -> Any:
     """The value of ``c``: a float where it is a number, else what the operations make of ``leaf(l)`` for each leaf.
 
-    ``leaf`` returns a floating tensor (or proxy) of shape [C] or []; the result broadcasts them.
+    ``leaf`` returns a floating tensor (or proxy) of shape [C] or []; the result broadcasts them. ``known`` holds what
+    has been evaluated, by identity; pass one for several coefficients, and what they share is evaluated once.
     """
     if isinstance(c, float):
         return c
-    if isinstance(c, Leaf):
-        return leaf(c)
-    return OPERATIONS[c.op](*(evaluate(arg, leaf) for arg in c.args))
+    known = {} if known is None else known
+    if id(c) not in known:
+        arguments = () if isinstance(c, Leaf) else [evaluate(arg, leaf, known) for arg in c.args]
+        known[id(c)] = leaf(c) if isinstance(c, Leaf) else OPERATIONS[c.op](*arguments)
+    return known[id(c)]
 
 
-def leaves(c: Coefficient) -> tuple[Leaf, ...]:
-    """Each leaf of ``c``, once, in order of appearance."""
-    if isinstance(c, float):
-        return ()
-    if isinstance(c, Leaf):
-        return (c,)
-    return tuple(dict.fromkeys(leaf for arg in c.args for leaf in leaves(arg)))
+def parts(*coefficients: Coefficient) -> list[Coefficient]:
+    """The coefficients and everything they are made of, each once, in order of appearance."""
+    seen: dict[int, Coefficient] = {}
+    pending = list(reversed(coefficients))
+    while pending:
+        c = pending.pop()
+        if id(c) not in seen:
+            seen[id(c)] = c
+            pending.extend(reversed(c.args) if isinstance(c, Formula) else ())
+    return list(seen.values())
 
 
-def numbers(c: Coefficient) -> tuple[float, ...]:
-    """Each number that appears in ``c``."""
-    if isinstance(c, float):
-        return (c,)
-    return tuple(number for arg in c.args for number in numbers(arg)) if isinstance(c, Formula) else ()
+def leaves(*coefficients: Coefficient) -> list[Leaf]:
+    return [c for c in parts(*coefficients) if isinstance(c, Leaf)]
+
+
+def formulas(*coefficients: Coefficient) -> list[Formula]:
+    return [c for c in parts(*coefficients) if isinstance(c, Formula)]
+
+
+def numbers(*coefficients: Coefficient) -> list[float]:
+    return [c for c in parts(*coefficients) if isinstance(c, float)]
+
+
+LONGEST_TEXT = 12  # operations
 
 
 def text(c: Coefficient) -> str:
@@ -175,6 +192,9 @@ def text(c: Coefficient) -> str:
         return f"{c:g}"
     if isinstance(c, Leaf):
         return c.label + ("[c]" if c.per_channel else "")
+    if len(formulas(c)) > LONGEST_TEXT:
+        names = list(map(text, leaves(c)))
+        return f"f({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
     args = [text(arg) for arg in c.args]
     if c.op == "add":
         return plus(args[0], args[1])

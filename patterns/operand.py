@@ -20,8 +20,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fusion_backend.patterns.coefficient import Coefficient, Leaf
 from fusion_backend.patterns.source import is_tensor, value_of
 
-_DYNAMO_NAME = re.compile(r"^[lL]_")
-_DYNAMO_SCOPE = re.compile(r"^[lL]_\w*?_(?=(?:modules|parameters|buffers)_)")
+_DYNAMO_NAME = re.compile(r"^[lLgG]_")
+_DYNAMO_SCOPE = re.compile(r"^[lLgG]_\w*?_(?=(?:modules|parameters|buffers)_)")
+_COMPILED_MODULE = re.compile(r"(_modules)?_+orig_mod")
 _DYNAMO_KIND = re.compile(r"(?:^|_)(?:modules|parameters|buffers)_")
 
 
@@ -50,6 +51,7 @@ def read_operand(operand: Any, value: Any, channel_dim: int) -> Coefficient | st
 def label(node: fx.Node) -> str:
     """The user's name for ``node``: Dynamo's L_self_modules_up_parameters_bias_ is up.bias."""
     name = str(node.target) if node.op in ("placeholder", "get_attr") else node.name
+    name = _COMPILED_MODULE.sub("", name)
     if not _DYNAMO_NAME.match(name):
         return name
     parts = [part.strip("_") for part in _DYNAMO_KIND.split(_DYNAMO_NAME.sub("", _DYNAMO_SCOPE.sub("L_", name)))]

@@ -10,26 +10,20 @@ such as the gradient's, ends the tail before it: the rewrite moves the tail's op
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from fusion_backend.patterns import algebra
 from fusion_backend.patterns import coefficient as co
 from fusion_backend.patterns.algebra import Clamp, NormalForm, Refusal, Scale, Shift, Step
+from fusion_backend.patterns.barrier import is_barrier
 from fusion_backend.patterns.convolution import Convolution, read_convolution
 from fusion_backend.patterns.operand import label, read_operand
-from fusion_backend.patterns.source import Miss, aten_name, attribute, is_tensor, same_shape, value_of
+from fusion_backend.patterns.source import Miss, is_tensor, same_shape, value_of
 from fusion_backend.patterns.vocabulary import Call, read_call, word
-
-_IN_PLACE_OPERATORS = tuple(
-    getattr(operator, f"i{name}")
-    for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
-)
 
 
 @dataclass(frozen=True)
@@ -54,12 +48,26 @@ class Site:
 
     @property
     def is_shorter_folded(self) -> bool:
-        """Whether the normal form takes fewer operations than the tail as the user wrote it."""
+        """Whether the normal form takes fewer operations than the tail as the user wrote it.
+
+        Arithmetic on coefficients counts as much: Inductor does it once an element, in the kernel that reads them.
+        """
         return self.form.operations < len(self.tail)
 
     @property
     def last(self) -> fx.Node:
         return self.tail[-1] if self.tail else self.convolution.node
+
+
+def functions(module: fx.GraphModule) -> frozenset[str]:
+    """The names of all functions that ``module`` and the graph modules nested in it call."""
+    children = [child for child in module.modules() if isinstance(child, fx.GraphModule)]
+    return frozenset(
+        getattr(node.target, "__name__", "")
+        for child in children
+        for node in child.graph.nodes
+        if callable(node.target)
+    )
 
 
 def find_convolutions(module: fx.GraphModule) -> Iterator[fx.Node]:
@@ -116,11 +124,11 @@ class _Walk:
             return Miss("nothing uses its value", here, word(here))
         user = users[0]
         call = read_call(user)
-        writes = call is not None and call.in_place and call.arguments.get("input") in self.names
+        writes = call is not None and call.writes_to(self.names)
         if len(users) > 1 and not writes:
             kind = "its value is also returned" if users[-1].op == "output" else f"its value has {len(users)} users"
             return Miss(kind, here, word(here))
-        barrier = next((node for node in _between(here, user) if _is_barrier(node)), None)
+        barrier = next((node for node in _between(here, user) if is_barrier(node)), None)
         if barrier is not None:
             return Miss(f"{word(barrier)} stands between this and what comes before", user, word(user))
         steps = self._read(user, call)
@@ -141,6 +149,8 @@ class _Walk:
             return Miss("the value leaves the graph", user, word(user))
         if call is None:
             return Miss("not an affine or clamp operation", user, word(user))
+        if call.in_place and not call.writes_to(self.names):
+            return Miss("it writes to another tensor", user, word(user))
         steps = read_steps(call, self.names, self.convolution)
         if isinstance(steps, str):
             return Miss(steps, user, word(user))
@@ -245,21 +255,3 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
     while node is not last:
         yield node
         node = node.next
-
-
-def _is_barrier(node: fx.Node) -> bool:
-    """Whether ``node`` may write to memory or change a mode, so that nothing may be moved across it."""
-    if node.op == "call_module":
-        module = attribute(node.graph.owning_module, str(node.target))
-        return getattr(module, "inplace", False) or not type(module).__module__.startswith("torch.nn.")
-    if node.op == "call_method":
-        return str(node.target).endswith("_")
-    if node.op != "call_function":
-        return False
-    target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator) or target in (*_IN_PLACE_OPERATORS, operator.setitem):
-        return True
-    if isinstance(target, torch._ops.OpOverload):
-        return bool(target._schema.is_mutable)
-    in_place_name = (aten_name(target) or getattr(target, "__name__", "")).rstrip("0123456789").endswith("_")
-    return node.is_impure() or in_place_name or "out" in node.kwargs or node.kwargs.get("inplace") is True

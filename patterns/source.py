@@ -32,13 +32,10 @@ class Miss:
 
 
 def source_line(node: fx.Node) -> str:
-    """The "file.py:line" of the innermost frame that is neither torch's nor ours; "" where the graph does not say."""
+    """The "file.py:line" of the innermost frame that is neither torch's nor ours; "" where there is none."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if not frame[0].startswith(_NOT_THE_USERS)]
-    if not frames:
-        return ""
-    path, line = (own or frames)[-1]
-    return f"{os.path.basename(path)}:{line}"
+    users = [(path, line) for path, line in frames if not path.startswith(_NOT_THE_USERS)]
+    return f"{os.path.basename(users[-1][0])}:{users[-1][1]}" if users else ""
 
 
 def value_of(node: fx.Node) -> Any:

@@ -8,7 +8,7 @@ in-place method (``x.add_``), the function (``torch.add``), and the ATen operato
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,10 @@ class Call:
     operation: str
     arguments: dict[str, Any] = field(default_factory=dict)
     in_place: bool = False
+
+    def writes_to(self, names: Sequence[fx.Node]) -> bool:
+        """Whether it updates, in place, the value that ``names`` name."""
+        return self.in_place and self.arguments.get("input") in names
 
 
 def read_call(node: fx.Node) -> Call | None:

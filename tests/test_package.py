@@ -62,7 +62,7 @@ assert not torch.cuda.is_initialized()
     )
 
 
-@pytest.mark.parametrize("kernel", ["auto", "epilogue", "inductor"])
+@pytest.mark.parametrize("kernel", ["auto", "fused", "epilogue", "inductor"])
 def test_the_backend_works_where_triton_is_not_installed(tmp_path, kernel):
     succeeds(
         f"""

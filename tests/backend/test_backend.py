@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from fusion_backend import backend as backend_module
 from fusion_backend import explain, fused_post
+from fusion_backend.options import KERNELS
 
 STRICT = {"fused_post.strict": True}
 
@@ -87,6 +89,19 @@ def test_nan_and_infinities_are_eagers() -> None:
         torch.testing.assert_close(compiled(x), model(x), equal_nan=True)
 
 
+def test_half_precision_is_folded_in_float32() -> None:
+    model = nn.ConvTranspose2d(4, 6, 3, bias=False).half()
+    model.weight.data.fill_(25.0)
+    x = torch.ones(1, 4, 5, 5, dtype=torch.half)
+
+    def tail(x: Tensor) -> Tensor:
+        return ((model(x) - 900) * 50) * 2 + 0.5
+
+    options = {"emulate_precision_casts": True, **STRICT}
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(tail, backend=fused_post, options=options)(x), tail(x))
+
+
 def test_the_graph_that_inductor_gets_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[Any]] = []
 
@@ -135,7 +150,14 @@ def test_functional_gradients_and_tangents_count() -> None:
         return ((F.conv_transpose2d(x, weight) * 2).clamp(0, 1) + 1).relu().sum()
 
     x = torch.randn(1, 3, 4, 4)
-    for function in (torch.func.grad(loss), lambda x: torch.func.jvp(loss, (x,), (x,))[1]):
+
+    def nested(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False)
+
+    functions = [torch.func.grad(loss), lambda x: torch.func.jvp(loss, (x,), (x,))[1]]
+    if torch.__version__ >= "2.13":  # before, checkpoint has no forward-mode formula
+        functions.append(lambda x: torch.func.jvp(nested, (x,), (x,))[1])
+    for function in functions:
         torch._dynamo.reset()
         assert not explain(function, x).sites[0].matched
         torch.testing.assert_close(torch.compile(function, backend=fused_post, options=STRICT)(x), function(x))
@@ -202,6 +224,7 @@ def test_options_of_inductor_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"fused_post.kernl": "auto"}, ["fused_post.kernl", "fused_post.kernel", "fused_post.strict"]),
         ({"fused_post.kernel": "fastest"}, ["'fastest'", "auto", "epilogue", "inductor"]),
+        ({7: "auto"}, ["option 7 is not a str"]),
         ({"fused_post.strict": "yes"}, ["'yes'", "True", "False"]),
         ({"max_fusion_sizes": 7}, ["max_fusion_sizes", "max_fusion_size", "fused_post.kernel"]),
         ({"max_fusion_size": "seven"}, ["max_fusion_size", "str", "int"]),
@@ -213,7 +236,7 @@ def test_a_wrong_option_is_an_error_that_lists_the_known_ones(options: dict[str,
     assert all(word in str(error.value) for word in words)
 
 
-@pytest.mark.parametrize("kernel", ["auto", "epilogue", "inductor"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_may_be_asked_for_on_every_device(kernel: str) -> None:
     model, x = Model().eval(), torch.randn(1, 8, 4, 4)
     with torch.no_grad():
@@ -221,8 +244,8 @@ def test_every_kernel_may_be_asked_for_on_every_device(kernel: str) -> None:
         torch.testing.assert_close(compiled(x), model(x))
         (site,) = explain(compiled, x).sites
     assert site.matched and site.kernel == "inductor"
-    if kernel == "epilogue":
-        assert "the epilogue kernel cannot run" in site.reason
+    if kernel in ("fused", "epilogue"):
+        assert f"the {kernel} kernel cannot run: device type cpu is not a CUDA or ROCm GPU" in site.reason
 
 
 def broken(*arguments: Any) -> Any:

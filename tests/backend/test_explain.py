@@ -113,6 +113,37 @@ def test_explaining_leaves_the_users_compiled_code_alone() -> None:
         assert counters["stats"].get("unique_graphs", 0) == 0, "the model was compiled again"
 
 
+def test_explaining_a_model_with_a_graph_break_leaves_it_room_to_be_compiled() -> None:
+    from torch._dynamo.utils import counters
+
+    class Broken(Seed):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            torch._dynamo.graph_break()
+            return y * 2
+
+    model, x = Broken(), torch.randn(1, 8, 4, 4)
+    with torch.no_grad():
+        for _ in range(torch._dynamo.config.recompile_limit + 1):
+            assert explain(model, x).sites[0].matched
+        counters.clear()
+        torch.compile(model, backend=fused_post)(x)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_model_of_torchs_modules_alone_has_no_source() -> None:
+    with torch.no_grad():
+        (site,) = explain(
+            nn.Sequential(nn.ConvTranspose2d(8, 6, 3), nn.ReLU(), nn.ReLU()), torch.randn(1, 8, 4, 4)
+        ).sites
+    assert site.source == "" and site.equation == "y = max(x + 0.bias[c], 0)"
+
+
+def test_explaining_ignores_the_stance() -> None:
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        assert explain(Seed(), torch.randn(1, 8, 4, 4)).sites[0].matched
+
+
 def test_explaining_changes_no_parameter_and_returns_no_gradient() -> None:
     model = Seed()
     before = {name: value.clone() for name, value in model.state_dict().items()}

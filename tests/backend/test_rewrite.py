@@ -11,10 +11,9 @@ from torch import Tensor, fx, nn
 
 from fusion_backend import backend, choice, fused_post, rewrite
 from fusion_backend.options import Options
-from fusion_backend.patterns.site import find_sites
+from fusion_backend.patterns.site import Site, find_sites
 
-EPILOGUE = torch.ops.fused_post
-STRICT = {"fused_post.strict": True, "fused_post.kernel": "epilogue"}
+KERNELS = {"epilogue": rewrite.use_epilogue, "fused": rewrite.use_fused}
 
 
 class Model(nn.Module):
@@ -89,43 +88,85 @@ def test_the_epilogue_operator_takes_bias_and_tail() -> None:
     assert "conv_transpose2d" in names and not {"clamp", "mul", "truediv"} & set(names)
     (convolution,) = [node for node in gm.graph.nodes if node.target is torch.conv_transpose2d]
     assert convolution.args[2] is None, "the bias is part of the shift"
-    (epilogue,) = [node for node in gm.graph.nodes if node.target is EPILOGUE.epilogue_.default]
+    (epilogue,) = [node for node in gm.graph.nodes if node.target is torch.ops.fused_post.epilogue_.default]
     _, scale, shift, lo, hi, *numbers = epilogue.args
     assert (scale, lo, hi) == (None, None, None) and isinstance(shift, fx.Node)
     assert numbers == [1.0, 0.0, 0.0, 0.5]
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("name", TAILS)
-def test_the_epilogue_operator_gives_eagers_numbers_in_every_dialect(name: str, dialect: str) -> None:
+def test_an_operator_gives_eagers_numbers_in_every_dialect(name: str, dialect: str, kernel: str) -> None:
+    if kernel == "fused" and dialect == "symbolic_trace":
+        kernel = "epilogue"  # a module call keeps its weight to itself
     model, x = Model(TAILS[name]), torch.randn(2, 4, 5, 7)
     with torch.no_grad():
         expected = model(x)
         gm = DIALECTS[dialect](model, x)
         for site in find_sites(gm):
-            if hasattr(site, "tail"):
-                rewrite.use_epilogue(site)
+            if isinstance(site, Site):
+                KERNELS[kernel](site)
         gm.graph.lint()
         gm.recompile()
         torch.testing.assert_close(call(gm, x), expected)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", TAILS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_epilogue_operator_goes_through_inductor(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_an_operator_goes_through_inductor(
+    name: str, dtype: torch.dtype, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU tensor the operator computes its reference, so that the whole way can be tested without a GPU."""
+    """On a CPU tensor an operator computes its reference, so that the whole way can be tested without a GPU."""
     monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
     model, x = Model(TAILS[name], dtype=dtype), torch.randn(2, 4, 5, 7, dtype=dtype)
     seen: list[Any] = []
     fuse = backend.fuse
     monkeypatch.setattr(backend, "fuse", lambda gm, options: seen.append(fuse(gm, options)) or seen[-1])
     with torch.no_grad():
-        compiled = torch.compile(model, backend=fused_post, options=STRICT)
+        options = {"fused_post.strict": True, "fused_post.kernel": kernel}
+        compiled = torch.compile(model, backend=fused_post, options=options)
         tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(compiled(x), model(x), **tolerance)
-    assert seen[0].has_kernels
+    assert [decision.kernel for decision in seen[0].plan] == [kernel]
+
+
+def test_the_fused_operator_takes_convolution_bias_and_tail() -> None:
+    with torch.no_grad():
+        gm = dynamo(Model(seed), torch.randn(2, 4, 5, 7))
+        (site,) = find_sites(gm)
+        rewrite.use_fused(site)
+        gm.graph.lint()
+        gm.recompile()
+    assert not {"conv_transpose2d", "clamp", "mul", "truediv"} & set(targets(gm))
+    (fused,) = [node for node in gm.graph.nodes if node.target is torch.ops.fused_post.conv_transpose.default]
+    x, weight, *sizes, groups, scale, shift, lo, hi, a, b, low, high, channels_last, _ = fused.args
+    assert sizes == [[2, 2], [1, 1], [1, 1], [1, 1]] and groups == 1
+    assert (scale, lo, hi) == (None, None, None) and isinstance(shift, fx.Node)
+    assert (a, b, low, high) == (1.0, 0.0, 0.0, 0.5) and channels_last is False
+    assert all(node.op == "placeholder" for node in (x, weight))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_fused_operator_keeps_eagers_memory_format(
+    memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
+    model, x = Model(seed), torch.randn(2, 4, 5, 7).to(memory_format=memory_format)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=fused_post, options={"fused_post.kernel": "fused"})
+        assert compiled(x).stride() == model(x).stride()
+
+
+def test_the_fused_operator_casts_as_autocast_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
+    model, x = Model(lambda m, y: y.relu() * 2), torch.randn(2, 4, 5, 7)
+    options = {"fused_post.kernel": "fused", "fused_post.strict": True}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        result, expected = torch.compile(model, backend=fused_post, options=options)(x), model(x)
+    assert result.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_several_users_of_a_biased_convolution_read_the_epilogue() -> None:

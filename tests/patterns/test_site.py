@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from dialects import call, dynamo
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
@@ -41,7 +42,7 @@ def fold_and_compare(model: nn.Module, x: Tensor) -> Site:
 
 def test_statements_in_place_are_one_value() -> None:
     def tail(m: Any, y: Tensor) -> Tensor:
-        y.add_(m.b)
+        y.add_(3)
         y.mul_(2)
         y.sub_(1)
         y.clamp_(0, 1)
@@ -65,7 +66,7 @@ def test_a_second_name_of_an_in_place_value_is_the_same_value() -> None:
 
 def test_both_names_of_an_in_place_value_may_be_read_behind_the_tail() -> None:
     def tail(m: Any, y: Tensor) -> Tensor:
-        z = y.add_(m.b)
+        z = y.add_(3)
         z.mul_(2)
         y.sub_(1)
         return torch.tanh(y) + torch.tanh(z)
@@ -120,6 +121,90 @@ def test_a_write_to_the_convolutions_input_ends_the_tail_before_it() -> None:
         compiled = torch.compile(model, backend=fused_post, options=STRICT)
         x = torch.randn(2, 3, 4, 4)
         torch.testing.assert_close(compiled(x.clone()), model(x.clone()))
+
+
+def test_a_write_that_no_name_shows_ends_the_tail_before_it() -> None:
+    def batch_norm(b: Tensor) -> None:
+        F.batch_norm(torch.arange(40.0).view(8, 5), b, torch.ones(5), training=True)
+
+    def instance_norm(b: Tensor) -> None:
+        F.instance_norm(torch.arange(80.0).view(2, 5, 8), b, torch.ones(5))
+
+    def relu(b: Tensor) -> None:
+        F.relu(b, True)
+
+    def dropout(b: Tensor) -> None:
+        F.dropout(b, 1.0, True, True)
+
+    def embedding(b: Tensor) -> None:
+        F.embedding(torch.tensor([0, 1]), b.view(-1, 1), max_norm=0.01)
+
+    weight, x = torch.randn(3, 5, 2, 2), torch.randn(2, 3, 4, 4)
+    for write in (batch_norm, instance_norm, relu, dropout, embedding):
+
+        def model(x: Tensor, b: Tensor, write: Any = write) -> Tensor:
+            z = ((F.conv_transpose2d(x, weight) + 1) + b.view(-1, 1, 1)) * 2
+            write(b)
+            return z * 2 + 1
+
+        b = torch.linspace(-3, 3, 5)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            expected = model(x, b.clone())
+            compiled = torch.compile(model, backend=fused_post, options=STRICT)
+            torch.testing.assert_close(compiled(x, b.clone()), expected)
+
+
+def test_a_write_to_another_tensor_is_no_part_of_a_tail() -> None:
+    weight = torch.randn(3, 5, 1, 1)
+
+    def model(x: Tensor, average: Tensor) -> Tensor:
+        average.mul_(0.9)
+        average.add_(F.conv_transpose2d(x, weight).mul(0.5).mul(0.2))
+        return x + 1
+
+    x, averages = torch.randn(1, 3, 1, 1), [torch.ones(1, 5, 1, 1), torch.ones(1, 5, 1, 1)]
+    with torch.no_grad():
+        model(x, averages[0])
+        torch.compile(model, backend=fused_post, options=STRICT)(x, averages[1])
+    torch.testing.assert_close(averages[1], averages[0])
+
+
+def test_sites_that_read_each_other_are_rewritten_one_after_the_other() -> None:
+    first, second, third = nn.ConvTranspose2d(3, 5, 1), nn.ConvTranspose2d(3, 5, 1), nn.ConvTranspose2d(3, 5, 3)
+
+    def skip(x: Tensor) -> Tensor:
+        return (((first(x) + 1) * 2) + ((second(x) + 1) * 2 + 1)) * 2 + 1
+
+    def gate(x: Tensor) -> Tensor:
+        g = (first(x.mean((2, 3), keepdim=True)) + 1).add(2).relu()
+        return ((third(x) + 1) * 2 + 1) * g
+
+    for model, x in ((skip, torch.randn(1, 3, 1, 1)), (gate, torch.randn(1, 3, 4, 4))):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(model, backend=fused_post, options=STRICT)(x), model(x))
+
+
+def test_many_scales_of_unknown_sign_stay_small() -> None:
+    scales = [torch.rand(5, 1, 1) - 0.5 for _ in range(24)]
+
+    def tail(m: Any, y: Tensor) -> Tensor:
+        y = y.clamp(0, 1)
+        for scale in scales:
+            y = y * scale
+        return y * 2 + 1
+
+    model, x = Up(tail), torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        gm = dynamo(model, x)
+        (site,) = find_sites(gm)
+        assert isinstance(site, Site) and len(site.tail) == 27
+        assert not site.is_shorter_folded and site.form.operations < 200
+        assert len(str(site.form)) < 2000
+        gm_nodes = len(gm.graph.nodes)
+        rewrite.use_epilogue(site)
+        assert len(gm.graph.nodes) < gm_nodes + 15 * len(scales)
 
 
 @pytest.mark.parametrize("kind", [float, int])
