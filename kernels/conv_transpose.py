@@ -56,6 +56,9 @@ LEAST_SHARED_MEMORY = 64 * 1024
 # From so many elements on, offsets take 64 bits.
 LONG = 2**31
 
+# In an image, of x or of the output: pixels, also those that fill a row of phases up, are counted in 32 bits.
+MOST_PIXELS = 2**30
+
 CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
 
@@ -370,13 +373,13 @@ def _conv_transpose_kernel(
             else:
                 acc += x.to(tl.float32) * w.to(tl.float32)[None, :]
 
-        of = (group * C_OUT + known)[None, :]
+        out_channel = (group * C_OUT + known)[None, :]
         y = apply_coefficients(
             acc,
-            load_coefficient(scale_ptr, scale, of, None, None),
-            load_coefficient(shift_ptr, shift, of, None, None),
-            load_coefficient(lo_ptr, lo, of, None, None),
-            load_coefficient(hi_ptr, hi, of, None, None),
+            load_coefficient(scale_ptr, scale, out_channel, None, None),
+            load_coefficient(shift_ptr, shift, out_channel, None, None),
+            load_coefficient(lo_ptr, lo, out_channel, None, None),
+            load_coefficient(hi_ptr, hi, out_channel, None, None),
             HAS_SCALE,
             HAS_SHIFT,
             HAS_LO,
@@ -539,7 +542,7 @@ def launch(
         DOT=problem.dot,
         TF32=problem.tf32,
         AHEAD=problem.ahead,
-        LONG=guard_or_true(max(x.numel(), out.numel(), packed.numel()) >= LONG),
+        LONG=any(guard_or_true(tensor.numel() >= LONG) for tensor in (x, out, packed)),
         BLOCK_M=tiling.config.rows,
         BLOCK_C=tiling.block_c,
         BLOCK_K=tiling.block_k,
@@ -632,13 +635,14 @@ def _conv_transpose(
         x = x.clone(memory_format=torch.contiguous_format)
     out_last = bool(is_channels_last(x)) if channels_last is None else channels_last
     sizes = [axis.output_size(size) for axis, size in zip(axes, x.shape[2:], strict=True)]
-    if not guard_or_true(min(sizes) > 0):
+    if not all(guard_or_true(size > 0) for size in sizes):
         raise ValueError(
             f"the output would have sizes {sizes}; allowed are sizes from 1: x is too small or padding too large"
         )
     out = empty((x.shape[0], C_out, *sizes), x, out_last)
     coefficients = coefficients_for(out, tensors, numbers)
-    if _runs_kernel(x):
+    indexable = all(guard_or_true(math.prod(plane) < MOST_PIXELS) for plane in (x.shape[2:], sizes))
+    if _runs_kernel(x) and indexable:
         problem = problem_for(x, weight, axes, groups, out_last, allow_tf32)
         tiling = choose_tiling(problem)
         launch(out, x, pack(weight, problem, tiling), problem, tiling, coefficients)
@@ -678,7 +682,8 @@ def conv_transpose(
     [C_out] on x's device or, where that is None, the number; a bound that is None or infinite on its own side is none.
     ``channels_last`` chooses the memory format of the result (strides (C*L, 1, C) for rank 3); None keeps x's own. An x
     in neither format is made contiguous first. ``allow_tf32``: on NVIDIA's tensor cores float32 x and weight are
-    rounded to TF32. Raises ValueError or TypeError for anything else.
+    rounded to TF32. Images of 2**30 pixels or more are left to PyTorch's own convolution. Raises ValueError or
+    TypeError for anything else.
     """
     numbers = (scale_number, shift_number, lo_number, hi_number)
     return _conv_transpose(

@@ -41,6 +41,7 @@ TENSOR_CORES = {
 }
 NARROW = Conv((16, 64, 64, 64), 16, (3,), (2,), (1,), (1,))
 DEPTHWISE = Conv((16, 64, 64, 64), 64, (4,), (2,), (1,), groups=64)
+SMOOTHING = Conv((16, 64, 64, 64), 64, (3,), (1,), (1,), groups=64)
 SHALLOW = Conv((16, 32, 64, 64), 64, (3,), (2,), (1,), (1,))
 
 # Convolution, dtype, x channels_last, output channels_last: a configuration is compiled for the first that it fits.
@@ -56,6 +57,7 @@ USES = (
     (SHALLOW, torch.bfloat16, False, True),
     (DEPTHWISE, torch.bfloat16, True, True),
     (DEPTHWISE, torch.float32, False, False),
+    (SMOOTHING, torch.float32, False, False),
 )
 EXACT_USES = tuple((conv, torch.float32, *layouts) for conv, _, *layouts in USES)
 

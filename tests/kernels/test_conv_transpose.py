@@ -510,11 +510,12 @@ def test_batch_and_spatial_sizes_can_be_symbolic(conv: Conv, device: str) -> Non
     assert y.shape[1] == conv.C_out
 
 
-def test_on_a_cpu_inductor_compiles_the_reference() -> None:
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_on_a_cpu_inductor_compiles_the_reference(dynamic: bool) -> None:
     x, weight = K3S2.tensors(torch.float32, "cpu")
     values = coefficients(24, "cpu")
 
-    @torch.compile(fullgraph=True)
+    @torch.compile(fullgraph=True, dynamic=dynamic)
     def function(x: torch.Tensor, weight: torch.Tensor, *values: Value) -> torch.Tensor:
         return torch.ops.fused_post.conv_transpose(x * 2, weight, [2], [1], [1], [1], 1, *values, channels_last=True)
 
