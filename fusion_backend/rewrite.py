@@ -182,8 +182,7 @@ def _without_bias(site: Site) -> fx.Node:
 
 def _readers(site: Site) -> list[tuple[fx.Node, fx.Node]]:
     """(reader, name) for everything behind the tail that reads its result under one of its names."""
-    names = site.aliases if site.tail else (site.convolution.node,)
-    return [(user, name) for name in names for user in name.users if user not in site.tail]
+    return [(user, name) for name in site.aliases for user in name.users if user not in site.tail]
 
 
 def _replace(site: Site, readers: list[tuple[fx.Node, fx.Node]], new: fx.Node) -> None:

@@ -38,10 +38,6 @@ class Formula:
 Coefficient = float | Leaf | Formula
 
 
-def is_number(*coefficients: Coefficient) -> bool:
-    return all(isinstance(c, float) for c in coefficients)
-
-
 def is_infinite(c: Coefficient) -> bool:
     return isinstance(c, float) and math.isinf(c)
 

@@ -31,7 +31,8 @@ class Site:
     """A transposed convolution and the pointwise tail behind it.
 
     ``tail``    the folded nodes, first to last; may be empty where the convolution has a bias
-    ``aliases`` the nodes that name the tail's result (the last of the tail, and what it updated in place)
+    ``aliases`` the nodes that name the tail's result (the last of the tail, and what it updated in place; the
+                convolution where there is no tail)
     ``steps``   what the tail does, one entry an affine or clamp step
     ``form``    the normal form of ``steps``: from the convolution's value, bias included, to the tail's
     ``biased``  the same from the convolution's value without its bias; equal to ``form`` where it has none

@@ -5,14 +5,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_refuses_to_be_imported_as_kernels() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 1
-    assert "ImportError: this folder is imported as fusion_backend.kernels" in run.stderr
-
-
 def test_asking_for_support_needs_no_triton() -> None:
     code = """
 import sys
