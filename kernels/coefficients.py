@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fusion_backend.kernels.gate import Gate, pack, passes
+
 Coefficient = torch.Tensor | float | None
 
 # scale, shift, lo and hi, in this order. A tensor wins over the number beside it; a bound of None is no bound.
@@ -34,32 +36,83 @@ class Coefficients:
 
 
 def coefficients_for(x: torch.Tensor, tensors: Tensors, numbers: Numbers) -> Coefficients:
-    """Drop the identities, and turn a number that is infinite or NaN in fp32 into a tensor: source cannot spell it."""
+    """Drop the identities, and turn a number that is infinite or NaN in fp32 into a tensor: source cannot spell it.
+
+    For a float64 x, which no kernel takes, numbers keep all their digits.
+    """
     identities = (1.0, 0.0, -math.inf, math.inf)
+    compute = torch.promote_types(x.dtype, torch.float32)
     all_tensors, all_numbers, present = [], [], []
     for tensor, number, identity in zip(tensors, numbers, identities, strict=True):
-        number = identity if number is None else ctypes.c_float(number).value
+        number = identity if number is None else number
+        if compute == torch.float32:
+            number = ctypes.c_float(number).value
         is_number = tensor is None and number != identity
         if is_number and not math.isfinite(number):
-            tensor = x.new_full((x.shape[1],), number, dtype=torch.float32)
+            tensor = x.new_full((x.shape[1],), number, dtype=compute)
         all_tensors.append(tensor)
         all_numbers.append(number if is_number and tensor is None else 0.0)
         present.append(is_number or tensor is not None)
     return Coefficients(tuple(all_tensors), tuple(all_numbers), tuple(present))
 
 
-def check_coefficients(C: int, device: torch.device, tensors: Tensors) -> None:
+def check_coefficients(
+    C: int, device: torch.device, tensors: Tensors, dtype: torch.dtype = torch.float32, beside: str = "x"
+) -> None:
+    """Raise where a tensor is not a contiguous [C] of ``dtype`` on the device of the tensor called ``beside``."""
     for name, tensor in zip(("scale", "shift", "lo", "hi"), tensors, strict=True):
         if tensor is None:
             continue
         if tensor.dim() != 1 or tensor.shape[0] != C:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed is [C] = ({C},), or a number")
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; allowed is torch.float32")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; allowed is {dtype}")
         if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}; allowed is x's device, {device}")
+            raise ValueError(f"{name} is on {tensor.device}; allowed is {beside}'s device, {device}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has stride {tensor.stride(0)}; allowed is 1: call .contiguous() on it")
+
+
+def reference(
+    x: torch.Tensor,
+    scale: Coefficient = None,
+    shift: Coefficient = None,
+    lo: Coefficient = None,
+    hi: Coefficient = None,
+) -> torch.Tensor:
+    """The same in plain PyTorch. In float64 for a float64 x, else in float32; rounded once; x's memory format."""
+    z = _affine(x, scale, shift)
+    return _clamped(z, *_bounds(x, lo, hi)).to(x.dtype)
+
+
+def gated_reference(
+    x: torch.Tensor, coefficients: Coefficients, gate: Gate, channels_last: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``reference`` and its bits (see ``gate``) in the order of memory of the given layout."""
+    scale, shift, *bounds = coefficients.values
+    z = _affine(x, scale, shift)
+    lo, hi = _bounds(x, *bounds)
+    return _clamped(z, lo, hi).to(x.dtype), pack(passes(z, lo, hi, gate), channels_last)
+
+
+def _affine(x: torch.Tensor, scale: Coefficient, shift: Coefficient) -> torch.Tensor:
+    z = x.to(torch.promote_types(x.dtype, torch.float32))
+    if scale is not None:
+        z = z * _per_channel(scale, x)
+    return z if shift is None else z + _per_channel(shift, x)
+
+
+def _clamped(z: torch.Tensor, lo: Coefficient, hi: Coefficient) -> torch.Tensor:
+    z = z if lo is None else torch.clamp(z, min=lo)
+    return z if hi is None else torch.clamp(z, max=hi)
+
+
+def _bounds(x: torch.Tensor, lo: Coefficient, hi: Coefficient) -> tuple[Coefficient, Coefficient]:
+    return None if lo is None else _per_channel(lo, x), None if hi is None else _per_channel(hi, x)
+
+
+def _per_channel(value: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor | float:
+    return value.view(-1, *(1,) * (x.dim() - 2)) if isinstance(value, torch.Tensor) else value
 
 
 @triton.jit

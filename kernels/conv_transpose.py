@@ -34,7 +34,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
-from fusion_backend.kernels import epilogue
+from fusion_backend.kernels.arguments import axes_for, check_inputs
 from fusion_backend.kernels.coefficients import (
     Coefficient,
     Coefficients,
@@ -45,9 +45,12 @@ from fusion_backend.kernels.coefficients import (
     coefficients_for,
     load_coefficient,
 )
+from fusion_backend.kernels.coefficients import reference as pointwise
+from fusion_backend.kernels.epilogue import EVERYTHING
+from fusion_backend.kernels.gate import Gate, pack_bits, passes_gate
 from fusion_backend.kernels.layout import empty, is_channels_last
 from fusion_backend.kernels.phases import Axis
-from fusion_backend.kernels.support import DTYPES
+from fusion_backend.kernels.tf32 import round_to_tf32, rounded_to_tf32
 from fusion_backend.kernels.tiling import Problem, Tiling, choose_tiling
 
 # What every GPU gives to a block.
@@ -84,7 +87,7 @@ def reference(
         groups,
         [axis.dilation for axis in axes],
     )
-    return epilogue.reference(y, scale, shift, lo, hi).to(x.dtype)
+    return pointwise(y, scale, shift, lo, hi).to(x.dtype)
 
 
 @triton.jit
@@ -108,12 +111,6 @@ def _taps(
     if COMMON > 1:
         count = tl.where(shifted % COMMON == 0, count, 0)
     return first, (shifted - first * DILATION) // STRIDE, count
-
-
-@triton.jit
-def _round_to_tf32(x):
-    """To nearest; the tensor core by itself cuts the last 13 bits off, at three times the error."""
-    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -174,8 +171,24 @@ def _x_tile(
 
 
 @triton.jit
+def _along_w(tile, PHASES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[BLOCK_M, columns] -> [phases along D and H times channels, positions times phases along W]."""
+    tile = tile.reshape(BLOCK_M, PHASES[0], PHASES[1], BLOCK_C, PHASES[2])
+    return tile.permute(1, 3, 0, 4, 2).reshape(PHASES[0] * BLOCK_C, BLOCK_M * PHASES[2] * PHASES[1])
+
+
+@triton.jit
+def _store_bits(bits_ptr, offset, passing, exists, SIZE: tl.constexpr):
+    """A byte for 8 neighbours in a row of a tile of SIZE elements; ``why_no_bits`` says when these are a byte's."""
+    first = tl.min(offset.reshape(SIZE // 8, 8), 1)
+    inside = tl.max(exists.to(tl.int32).reshape(SIZE // 8, 8), 1) > 0
+    tl.store(bits_ptr + first // 8, pack_bits(passing, SIZE), mask=inside)
+
+
+@triton.jit
 def _conv_transpose_kernel(
     out_ptr,
+    bits_ptr,
     x_ptr,
     weight_ptr,
     scale_ptr,
@@ -194,6 +207,9 @@ def _conv_transpose_kernel(
     HAS_SHIFT: tl.constexpr,
     HAS_LO: tl.constexpr,
     HAS_HI: tl.constexpr,
+    LO_OPEN: tl.constexpr,
+    HI_OPEN: tl.constexpr,
+    PASSES_NAN: tl.constexpr,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -368,31 +384,29 @@ def _conv_transpose_kernel(
             w = tl.load(ws_ptr + (tap.to(OFFSET) * (ALL_OUT * ROW_K) + step % BLOCKS_K * BLOCK_K))
             if DOT:
                 if TF32:
-                    x = _round_to_tf32(x)
+                    x = rounded_to_tf32(x)
                 acc = tl.dot(x, w, acc, input_precision="tf32" if TF32 else "ieee")
             else:
                 acc += x.to(tl.float32) * w.to(tl.float32)[None, :]
 
         out_channel = (group * C_OUT + known)[None, :]
-        y = apply_coefficients(
-            acc,
-            load_coefficient(scale_ptr, scale, out_channel, None, None),
-            load_coefficient(shift_ptr, shift, out_channel, None, None),
-            load_coefficient(lo_ptr, lo, out_channel, None, None),
-            load_coefficient(hi_ptr, hi, out_channel, None, None),
-            HAS_SCALE,
-            HAS_SHIFT,
-            HAS_LO,
-            HAS_HI,
-        ).to(out_ptr.dtype.element_ty)
+        a = load_coefficient(scale_ptr, scale, out_channel, None, None)
+        b = load_coefficient(shift_ptr, shift, out_channel, None, None)
+        low = load_coefficient(lo_ptr, lo, out_channel, None, None)
+        high = load_coefficient(hi_ptr, hi, out_channel, None, None)
+        z = apply_coefficients(acc, a, b, low, high, HAS_SCALE, HAS_SHIFT, False, False)
+        y = apply_coefficients(z, a, b, low, high, False, False, HAS_LO, HAS_HI).to(out_ptr.dtype.element_ty)
+        passing = y
+        if bits_ptr is not None:
+            passing = passes_gate(z, low, high, HAS_LO, HAS_HI, LO_OPEN, HI_OPEN, PASSES_NAN).to(tl.int8)
         if joined == 0:
-            y_0 = y
+            y_0, passing_0 = y, passing
         elif joined == 1:
-            y_1 = y
+            y_1, passing_1 = y, passing
         elif joined == 2:
-            y_2 = y
+            y_2, passing_2 = y, passing
         else:
-            y_3 = y
+            y_3, passing_3 = y, passing
 
     O_D = D * STRIDE_D + (GROWTH_D - STRIDE_D)
     O_H = H * STRIDE_H + (GROWTH_H - STRIDE_H)
@@ -408,16 +422,18 @@ def _conv_transpose_kernel(
         exists = _within(exists, o_d[:, None], e_d[None, :], O_D, phase_d, STRIDE_D, GROWTH_D, SHARED_D)
         exists = _within(exists, o_h[:, None], e_h[None, :], O_H, phase_h, STRIDE_H, GROWTH_H, SHARED_H)
         exists = _within(exists, o_w[:, None], e_w[None, :], O_W, phase_w, STRIDE_W, GROWTH_W, SHARED_W)
-        tl.store(out_ptr + (row[:, None] + along[None, :]), y_0, mask=exists)
+        offset = row[:, None] + along[None, :]
+        tl.store(out_ptr + offset, y_0, mask=exists)
+        if bits_ptr is not None:
+            _store_bits(bits_ptr, offset, passing_0, exists, BLOCK_M * COLUMNS)
     else:
-        # [BLOCK_M, columns] -> [phases along D and H times channels, positions times phases along W]
+        PHASES: tl.constexpr = (SHARED_D * SHARED_H, SHARED_W, JOINED)
+        ROWS: tl.constexpr = SHARED_D * SHARED_H * BLOCK_C
         if JOINED == 2:
             y_0 = tl.join(y_0, y_1)
         elif JOINED == 4:
             y_0 = tl.join(tl.join(y_0, y_2), tl.join(y_1, y_3))
-        ROWS: tl.constexpr = SHARED_D * SHARED_H * BLOCK_C
-        y = y_0.reshape(BLOCK_M, SHARED_D * SHARED_H, SHARED_W, BLOCK_C, JOINED)
-        y = y.permute(1, 3, 0, 4, 2).reshape(ROWS, BLOCK_M * WIDE)
+        y = _along_w(y_0, PHASES, BLOCK_M, BLOCK_C)
 
         row = tl.arange(0, ROWS)
         channel = channel_0 + row % BLOCK_C
@@ -441,7 +457,15 @@ def _conv_transpose_kernel(
         exists = _within(exists, o_h[None, :], e_h[:, None], O_H, phase_h, STRIDE_H, GROWTH_H, SHARED_H)
         row = (group * C_OUT + channel) * plane + (e_d * O_H + e_h) * O_W
         along = n * (ALL_OUT * plane) + (o_d * O_H + o_h) * O_W + o_w
-        tl.store(out_ptr + (row[:, None] + along[None, :]), y, mask=exists)
+        offset = row[:, None] + along[None, :]
+        tl.store(out_ptr + offset, y, mask=exists)
+        if bits_ptr is not None:
+            if JOINED == 2:
+                passing_0 = tl.join(passing_0, passing_1)
+            elif JOINED == 4:
+                passing_0 = tl.join(tl.join(passing_0, passing_2), tl.join(passing_1, passing_3))
+            passing = _along_w(passing_0, PHASES, BLOCK_M, BLOCK_C)
+            _store_bits(bits_ptr, offset, passing, exists, BLOCK_M * COLUMNS * JOINED)
 
 
 def problem_for(
@@ -480,9 +504,7 @@ def pack(weight: torch.Tensor, problem: Problem, tiling: Tiling) -> torch.Tensor
     packed = weight.reshape(problem.groups, problem.C_in, problem.C_out, -1).permute(3, 0, 2, 1)
     packed = packed.clone(memory_format=torch.contiguous_format)
     if problem.tf32 and problem.dot:
-        # To nearest, ties away from zero, like cvt.rna.tf32.f32. A NaN stays as it is: its bits could overflow.
-        rounded = ((packed.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-        packed = torch.where(packed.isnan(), packed, rounded)
+        packed = round_to_tf32(packed)
     missing = -problem.C_in % tiling.block_k
     return F.pad(packed, (0, missing)) if missing else packed
 
@@ -494,8 +516,13 @@ def launch(
     problem: Problem,
     tiling: Tiling,
     coefficients: Coefficients,
+    bits: torch.Tensor | None = None,
+    gate: Gate = EVERYTHING,
 ) -> None:
-    """Fill ``out`` from ``x``, both dense, that is contiguous or channels_last, and from what ``pack`` returns."""
+    """Fill ``out`` from ``x``, both dense, that is contiguous or channels_last, and from what ``pack`` returns.
+
+    ``bits`` are filled too where they are given, for which ``why_no_bits`` must have nothing to say.
+    """
     if out.numel() == 0:
         return
     N, _, *sizes = x.shape
@@ -522,6 +549,7 @@ def launch(
         kernel = wrap_triton(_conv_transpose_kernel)
     kernel[(tiling.programs,)](
         out,
+        bits,
         x,
         packed,
         *coefficients.tensors,
@@ -531,6 +559,7 @@ def launch(
         W // unit,
         *coefficients.numbers,
         *coefficients.present,
+        *(gate.lo_open, gate.hi_open, gate.passes_nan),
         C_IN=problem.C_in,
         C_OUT=problem.C_out,
         GROUPS=problem.groups,
@@ -551,59 +580,29 @@ def launch(
     )
 
 
+def why_no_bits(problem: Problem, tiling: Tiling, W_out: int) -> str | None:
+    """Why the kernel cannot write the gate's bits beside an output whose rows have W_out elements; None: it can.
+
+    The 8 elements of a byte must be 8 neighbours in a row of one tile.
+    """
+    if problem.out_last:
+        channels = problem.C_out if problem.dot else problem.C_out * problem.groups
+        if channels % 8 or tiling.block_c % 8:
+            return f"{channels} channels, {tiling.block_c} a tile: they are not multiples of 8"
+        return None
+    axis = problem.axes[2]
+    wide = tiling.joined * tiling.shared[2]
+    if axis.stride % wide or (wide != axis.stride and wide % 8):
+        return f"{wide} phases of stride {axis.stride} a program are neither all nor a multiple of 8"
+    if tiling.config.rows * wide % 8:
+        return f"{tiling.config.rows} positions of {wide} phases are not a multiple of 8"
+    if not guard_or_false(W_out % 8 == 0) or not guard_or_false(_cdiv(W_out, axis.stride) * wide % 8 == 0):
+        return f"rows of {W_out} elements are not made of whole bytes"
+    return None
+
+
 def _cdiv(size: int, block: int) -> int:
     return (size + block - 1) // block
-
-
-def _axes(
-    rank: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[Axis, ...]:
-    """One for each spatial dimension, from lists of one number for all of them or one for each."""
-    columns = [[int(size) for size in kernel]]
-    for name, values, least in (
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("output_padding", output_padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        if len(values) not in (1, rank):
-            raise ValueError(f"{name} is {list(values)}; allowed is one number, or one for each of {rank} dimensions")
-        if min(values) < least:
-            raise ValueError(f"{name} is {list(values)}; allowed are numbers from {least}")
-        columns.append([int(value) for value in values] * (rank // len(values)))
-    axes = tuple(Axis(*values) for values in zip(*columns, strict=True))
-    for axis in axes:
-        if axis.output_padding >= max(axis.stride, axis.dilation):
-            raise ValueError(
-                f"output_padding is {axis.output_padding}; allowed are numbers below stride {axis.stride} or "
-                f"dilation {axis.dilation}"
-            )
-    return axes
-
-
-def _check(x: torch.Tensor, weight: torch.Tensor, groups: int) -> None:
-    if not 3 <= x.dim() <= 5:
-        raise ValueError(
-            f"x has rank {x.dim()} (shape {tuple(x.shape)}); allowed are ranks 3 to 5: [N, C_in, *spatial]"
-        )
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}; allowed are {', '.join(map(str, DTYPES))}")
-    if weight.dtype != x.dtype:
-        raise TypeError(f"weight has dtype {weight.dtype}; allowed is x's, {x.dtype}")
-    if weight.device != x.device:
-        raise ValueError(f"weight is on {weight.device}; allowed is x's device, {x.device}")
-    if weight.dim() != x.dim() or weight.shape[0] != x.shape[1] or weight.numel() == 0:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; allowed is [C_in, C_out / groups, *kernel] of rank {x.dim()} "
-            f"with C_in = {x.shape[1]}, not empty"
-        )
-    if groups < 1 or x.shape[1] % groups != 0:
-        raise ValueError(f"groups is {groups}; allowed are divisors of C_in = {x.shape[1]}")
 
 
 def _runs_kernel(x: torch.Tensor) -> bool:
@@ -613,7 +612,7 @@ def _runs_kernel(x: torch.Tensor) -> bool:
     return type(x) in (torch.Tensor, torch.nn.Parameter)
 
 
-def _conv_transpose(
+def run(
     x: torch.Tensor,
     weight: torch.Tensor,
     stride: Sequence[int],
@@ -625,12 +624,14 @@ def _conv_transpose(
     numbers: Numbers,
     channels_last: bool | None,
     allow_tf32: bool,
-) -> torch.Tensor:
+    gate: Gate | None = None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What ``conv_transpose`` returns and, with a gate, its bits; then None where the kernel cannot write these."""
     groups = int(groups)
-    _check(x, weight, groups)
+    check_inputs(x, weight, groups)
     C_out = int(weight.shape[1]) * groups
     check_coefficients(C_out, x.device, tensors)
-    axes = _axes(x.dim() - 2, weight.shape[2:], stride, padding, output_padding, dilation)
+    axes = axes_for(x.dim() - 2, weight.shape[2:], stride, padding, output_padding, dilation)
     if is_channels_last(x) is None:
         x = x.clone(memory_format=torch.contiguous_format)
     out_last = bool(is_channels_last(x)) if channels_last is None else channels_last
@@ -639,16 +640,24 @@ def _conv_transpose(
         raise ValueError(
             f"the output would have sizes {sizes}; allowed are sizes from 1: x is too small or padding too large"
         )
-    out = empty((x.shape[0], C_out, *sizes), x, out_last)
-    coefficients = coefficients_for(out, tensors, numbers)
     indexable = all(guard_or_true(math.prod(plane) < MOST_PIXELS) for plane in (x.shape[2:], sizes))
+    problem = tiling = None
     if _runs_kernel(x) and indexable:
         problem = problem_for(x, weight, axes, groups, out_last, allow_tf32)
         tiling = choose_tiling(problem)
+    if gate is not None and (problem is None or tiling is None or why_no_bits(problem, tiling, sizes[-1])):
+        return None
+
+    out = empty((x.shape[0], C_out, *sizes), x, out_last)
+    bits = out.new_empty(0 if gate is None else _cdiv(out.numel(), 8), dtype=torch.uint8)
+    coefficients = coefficients_for(out, tensors, numbers)
+    if problem is None or tiling is None:
+        out.copy_(reference(x, weight, axes, groups, *coefficients.values))
+    elif gate is None:
         launch(out, x, pack(weight, problem, tiling), problem, tiling, coefficients)
     else:
-        out.copy_(reference(x, weight, axes, groups, *coefficients.values))
-    return out
+        launch(out, x, pack(weight, problem, tiling), problem, tiling, coefficients, bits, gate)
+    return out, bits
 
 
 # The body comes first: where triton_op registers an operator it looks for the kernels behind it, for compile caches.
@@ -686,16 +695,7 @@ def conv_transpose(
     TypeError for anything else.
     """
     numbers = (scale_number, shift_number, lo_number, hi_number)
-    return _conv_transpose(
-        x,
-        weight,
-        stride,
-        padding,
-        output_padding,
-        dilation,
-        groups,
-        (scale, shift, lo, hi),
-        numbers,
-        channels_last,
-        allow_tf32,
-    )
+    sizes = (stride, padding, output_padding, dilation)
+    ran = run(x, weight, *sizes, groups, (scale, shift, lo, hi), numbers, channels_last, allow_tf32)
+    assert ran is not None, "None is for gates"
+    return ran[0]

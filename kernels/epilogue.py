@@ -4,6 +4,7 @@ x is [N, C, *spatial] of rank 3 to 5; a, b, lo and hi are each a number or one v
 fp32, rounded once, written once:
 
     bytes moved = 2 * numel * itemsize        (the 4 * C values of the coefficients stay in cache)
+                + numel / 8                   (with the bits, which say where a gradient passes; see ``gate``)
 
 So the kernels are about bandwidth: 16-byte accesses, several of them in flight per thread, and no work per element
 to find its channel. Two kernels:
@@ -27,43 +28,24 @@ from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
 from fusion_backend.kernels.coefficients import (
-    Coefficient,
     Coefficients,
     Numbers,
     Tensors,
     apply_coefficients,
     check_coefficients,
     coefficients_for,
+    gated_reference,
     load_coefficient,
+    reference,
 )
+from fusion_backend.kernels.gate import Gate, pack_bits, passes_gate
 from fusion_backend.kernels.layout import empty, is_channels_last
 from fusion_backend.kernels.support import DTYPES
 
 VECTOR_BYTES = 16
 
-
-def reference(
-    x: torch.Tensor,
-    scale: Coefficient = None,
-    shift: Coefficient = None,
-    lo: Coefficient = None,
-    hi: Coefficient = None,
-) -> torch.Tensor:
-    """The same in plain PyTorch. In float64 for a float64 x, else in float32; rounded once; x's memory format."""
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
-
-    def per_channel(value: torch.Tensor | float) -> torch.Tensor | float:
-        return value.view(-1, *(1,) * (x.dim() - 2)) if isinstance(value, torch.Tensor) else value
-
-    if scale is not None:
-        y = y * per_channel(scale)
-    if shift is not None:
-        y = y + per_channel(shift)
-    if lo is not None:
-        y = torch.clamp(y, min=per_channel(lo))
-    if hi is not None:
-        y = torch.clamp(y, max=per_channel(hi))
-    return y.to(x.dtype)
+# What a launch without bits is told; its kernel does not look at it.
+EVERYTHING = Gate()
 
 
 @dataclass(frozen=True)
@@ -107,6 +89,7 @@ def choose_config(transposing: bool, total_bytes: int) -> Config:
 @triton.jit
 def _flat_kernel(
     out_ptr,
+    bits_ptr,
     x_ptr,
     scale_ptr,
     shift_ptr,
@@ -123,6 +106,9 @@ def _flat_kernel(
     HAS_SHIFT: tl.constexpr,
     HAS_LO: tl.constexpr,
     HAS_HI: tl.constexpr,
+    LO_OPEN: tl.constexpr,
+    HI_OPEN: tl.constexpr,
+    PASSES_NAN: tl.constexpr,
     WHOLE_ROWS: tl.constexpr,
     WHOLE_PIXELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -131,6 +117,8 @@ def _flat_kernel(
     STREAMING: tl.constexpr,
 ):
     """One block of BLOCK consecutive elements, seen as [BLOCK / WIDTH, WIDTH]. In place where x_ptr is None.
+
+    Where there is a bits_ptr, also the block's BLOCK / 8 bytes of bits; blocks begin on whole bytes.
 
     The channels of a block, cheapest first:
         WHOLE_ROWS     contiguous, a row of ``spatial`` elements is no shorter than a block: at most two channels
@@ -173,12 +161,22 @@ def _flat_kernel(
     shift = load_coefficient(shift_ptr, shift, channel, next_channel, beyond)
     lo = load_coefficient(lo_ptr, lo, channel, next_channel, beyond)
     hi = load_coefficient(hi_ptr, hi, channel, next_channel, beyond)
-    y = apply_coefficients(x, scale, shift, lo, hi, HAS_SCALE, HAS_SHIFT, HAS_LO, HAS_HI)
+    z = apply_coefficients(x.to(tl.float32), scale, shift, lo, hi, HAS_SCALE, HAS_SHIFT, False, False)
+    y = apply_coefficients(z, scale, shift, lo, hi, False, False, HAS_LO, HAS_HI).to(x.dtype)
 
     if inside >= BLOCK:
         tl.store(outs_ptr, y, eviction_policy=EVICTION)
     else:
         tl.store(outs_ptr, y, mask=index < inside, eviction_policy=EVICTION)
+
+    if bits_ptr is not None:
+        passing = passes_gate(z, lo, hi, HAS_LO, HAS_HI, LO_OPEN, HI_OPEN, PASSES_NAN)
+        byte = tl.arange(0, BLOCK // 8)
+        bytes_ptr = bits_ptr + begin // 8 + byte
+        if inside >= BLOCK:
+            tl.store(bytes_ptr, pack_bits(passing, BLOCK))
+        else:
+            tl.store(bytes_ptr, pack_bits(passing & (index < inside), BLOCK), mask=byte * 8 < inside)
 
 
 @triton.jit
@@ -236,20 +234,38 @@ def _transpose_kernel(
     tl.store(out_ptr + (by_pixel if TO_CHANNELS_LAST else by_channel), y, mask=inside, eviction_policy=EVICTION)
 
 
-def launch(out: torch.Tensor, x: torch.Tensor | None, coefficients: Coefficients, config: Config | None = None) -> None:
-    """Fill ``out`` from ``x``, or in place where x is None. Both are dense: contiguous or channels_last."""
+def launch(
+    out: torch.Tensor,
+    x: torch.Tensor | None,
+    coefficients: Coefficients,
+    config: Config | None = None,
+    bits: torch.Tensor | None = None,
+    gate: Gate = EVERYTHING,
+) -> None:
+    """Fill ``out`` from ``x``, or in place where x is None. Both are dense: contiguous or channels_last.
+
+    ``bits`` are filled too where they are given; then both are in the same layout.
+    """
     if out.numel() == 0:
         return
     source = out if x is None else x
     transposing = is_channels_last(source) != is_channels_last(out)
     config = config or choose_config(transposing, out.numel() * out.dtype.itemsize)
     if transposing:
+        assert bits is None
         _launch_transpose(out, source, coefficients, config)
     else:
-        _launch_flat(out, x, coefficients, config)
+        _launch_flat(out, x, coefficients, config, bits, gate)
 
 
-def _launch_flat(out: torch.Tensor, x: torch.Tensor | None, coefficients: Coefficients, config: Config) -> None:
+def _launch_flat(
+    out: torch.Tensor,
+    x: torch.Tensor | None,
+    coefficients: Coefficients,
+    config: Config,
+    bits: torch.Tensor | None,
+    gate: Gate,
+) -> None:
     _, C, *sizes = out.shape
     S = math.prod(sizes)
     vector = VECTOR_BYTES // out.dtype.itemsize
@@ -281,6 +297,7 @@ def _launch_flat(out: torch.Tensor, x: torch.Tensor | None, coefficients: Coeffi
     kernel: Any = wrap_triton(_flat_kernel) if isinstance(_flat_kernel, JITFunction) else _flat_kernel
     kernel[(_cdiv(numel, block),)](
         out,
+        bits,
         x,
         *coefficients.tensors,
         numel,
@@ -288,6 +305,9 @@ def _launch_flat(out: torch.Tensor, x: torch.Tensor | None, coefficients: Coeffi
         S,
         *coefficients.numbers,
         *coefficients.present,
+        LO_OPEN=gate.lo_open,
+        HI_OPEN=gate.hi_open,
+        PASSES_NAN=gate.passes_nan,
         WHOLE_ROWS=whole_rows,
         WHOLE_PIXELS=whole_pixels,
         CHANNELS_LAST=channels_last,
@@ -339,8 +359,10 @@ def _check(x: torch.Tensor, tensors: Tensors) -> None:
     check_coefficients(x.shape[1], x.device, tensors)
 
 
-def _runs_kernel(x: torch.Tensor) -> bool:
-    """Kernels run on GPUs; under TRITON_INTERPRET=1 everywhere, though not on the fake tensors of a tracer."""
+def runs_kernel(x: torch.Tensor) -> bool:
+    """On GPUs, but not for float64; under TRITON_INTERPRET=1 everywhere, though not on the fake tensors of a tracer."""
+    if x.dtype not in DTYPES:
+        return False
     if isinstance(_flat_kernel, JITFunction):
         return x.device.type in ("cuda", "hip")
     return type(x) in (torch.Tensor, torch.nn.Parameter)
@@ -352,7 +374,7 @@ def _out_of_place(x: torch.Tensor, tensors: Tensors, numbers: Numbers, channels_
     if is_channels_last(x) is None:
         x = x.contiguous()
     out = torch.empty_like(x) if channels_last is None else empty(x.shape, x, channels_last)
-    if _runs_kernel(x):
+    if runs_kernel(x):
         launch(out, x, coefficients)
     else:
         out.copy_(reference(x, *coefficients.values))
@@ -362,7 +384,7 @@ def _out_of_place(x: torch.Tensor, tensors: Tensors, numbers: Numbers, channels_
 def _in_place(x: torch.Tensor, tensors: Tensors, numbers: Numbers) -> None:
     _check(x, tensors)
     coefficients = coefficients_for(x, tensors, numbers)
-    if not _runs_kernel(x):
+    if not runs_kernel(x):
         x.copy_(reference(x, *coefficients.values))
     elif is_channels_last(x) is None:
         dense = x.contiguous()
@@ -370,6 +392,27 @@ def _in_place(x: torch.Tensor, tensors: Tensors, numbers: Numbers) -> None:
         x.copy_(dense)
     else:
         launch(x, None, coefficients)
+
+
+def gated_(y: torch.Tensor, tensors: Tensors, numbers: Numbers, gate: Gate | None) -> torch.Tensor:
+    """``epilogue_`` on a dense y (contiguous or channels_last) that also returns the gate's bits of it.
+
+    They are uint8 [ceil(numel / 8)] in y's order of memory (see ``gate``); without a gate every element passes, and
+    there are none: [0]. For the bodies of operators, which check what they are given.
+    """
+    coefficients = coefficients_for(y, tensors, numbers)
+    channels_last = is_channels_last(y)
+    if channels_last is None:
+        raise ValueError(f"y has strides {y.stride()} for shape {tuple(y.shape)}; allowed: contiguous or channels_last")
+    bits = y.new_empty(_cdiv(y.numel(), 8) if gate else 0, dtype=torch.uint8)
+    if runs_kernel(y):
+        launch(y, None, coefficients, None, bits if gate else None, gate or EVERYTHING)
+    elif gate:
+        result, bits = gated_reference(y, coefficients, gate, channels_last)
+        y.copy_(result)
+    else:
+        y.copy_(reference(y, *coefficients.values))
+    return bits
 
 
 # triton_op registers the operators as their own fakes: on fake tensors a wrapped kernel is noted down, not launched. It

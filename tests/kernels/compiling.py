@@ -108,7 +108,7 @@ def compile_launch(launch: Launch, chip: Chip, alignment: int = 16, number: str 
     return _read_amd(compiled) if chip.target.backend == "hip" else _read_nvidia(compiled)
 
 
-_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
 
 
 def _type_of(value: Any, number: str) -> str:

@@ -23,7 +23,9 @@ pytest.importorskip("triton")
 import triton
 
 from fusion_backend.kernels import conv_transpose as kernels
+from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.conv_transpose import reference
+from fusion_backend.kernels.gate import Gate, pack, passes
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.tiling import Problem, Tiling, choose_tiling, tilings
 from tests.kernels.convolutions import PUBLIC, Conv, laid_out
@@ -53,10 +55,17 @@ class Implementation:
         tensors, numbers = split(values)
         parameters = (conv.stride, conv.padding, conv.output_padding, conv.dilation, conv.groups)
         if self.twin:
-            return self.twin._conv_transpose(x, weight, *parameters, tensors, numbers, channels_last, allow_tf32)
+            return self.twin.run(x, weight, *parameters, tensors, numbers, channels_last, allow_tf32)[0]
         return torch.ops.fused_post.conv_transpose(
             x, weight, *parameters, *tensors, *numbers, channels_last=channels_last, allow_tf32=allow_tf32
         )
+
+    def gated(
+        self, x: torch.Tensor, weight: torch.Tensor, conv: Conv, values: tuple[Value, ...], last: bool, gate: Gate
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        parameters = (conv.stride, conv.padding, conv.output_padding, conv.dilation, conv.groups)
+        with mock.patch.object(kernels, "wrap_triton", lambda kernel: kernel):
+            return (self.twin or kernels).run(x, weight, *parameters, *split(values), last, True, gate)
 
     def problem(
         self, x: torch.Tensor, weight: torch.Tensor, conv: Conv, last: bool, allow_tf32: bool = True
@@ -152,6 +161,42 @@ def grid() -> Iterator[tuple[Conv, torch.dtype, bool, bool]]:
             size = 7 if dilation * (kernel - 1) + output_padding < 2 * padding else 5
             numbers = ((kernel,), (stride,), (padding,), (output_padding,), (dilation,))
             yield Conv((2, C_in, size), C_out, *numbers, groups), *next(variants)
+
+
+# A convolution, and whether its bits can be written into a contiguous and into a channels_last output.
+GATED = {
+    "1d": (Conv((2, 3, 16), 16, (4,), (2,), (1,)), (True, True)),
+    "stride 8": (Conv((1, 5, 6), 8, (16,), (8,), (4,)), (True, True)),
+    "stride 16": (Conv((1, 5, 3), 8, (16,), (16,)), (True, True)),
+    "stride 3": (Conv((1, 5, 8), 8, (3,), (3,)), (False, True)),
+    "the seed's": (Conv((2, 16, 5, 8), 16, (3, 3), (2, 2), (1, 1), (1, 1)), (True, True)),
+    "kernel == stride": (Conv((1, 17, 3, 4), 24, (2, 2), (2, 2)), (True, True)),
+    "3d": (Conv((1, 2, 2, 3, 4), 8, (2, 2, 2), (2, 2, 2)), (True, True)),
+    "odd rows": (Conv((1, 3, 5, 5), 8, (3, 3), (2, 2), (1, 1)), (False, True)),
+    "12 channels": (Conv((1, 3, 4, 8), 12, (4, 4), (2, 2), (1, 1)), (True, False)),
+    "groups": (Conv((1, 8, 4, 8), 32, (4, 4), (2, 2), (1, 1), groups=2), (True, True)),
+    "depthwise": (Conv((1, 16, 4, 8), 16, (4, 4), (2, 2), (1, 1), groups=16), (True, True)),
+}
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("conv", "possible"), GATED.values(), ids=GATED)
+def test_the_bits_of_a_gate(run: Implementation, conv: Conv, possible: tuple[bool, bool], dtype: torch.dtype) -> None:
+    """On whole numbers, with which every sum is exact and both bounds are hit."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-2, 3, t.shape, generator=generator) for t in conv.tensors(dtype, "cpu"))
+    shift = torch.randint(-2, 3, (conv.C_out,), generator=generator)
+    x, weight, shift = x.to(run.device, dtype), weight.to(run.device, dtype), shift.to(run.device, torch.float32)
+    values = (None, shift, -1.0, 3.0)
+    z = reference(x, weight, conv.axes, conv.groups, None, shift)
+    for (last, written), gate in itertools.product(enumerate(possible), (Gate(True, False, False), Gate(False, True))):
+        result = run.gated(laid_out(x, bool(last)), weight, conv, values, bool(last), gate)
+        assert (result is not None) == written
+        if result is not None:
+            y, bits = result
+            assert torch.equal(y.float(), z.float().clamp(-1, 3))
+            assert torch.equal(bits, pack(passes(z.float(), -1.0, 3.0, gate), bool(last)))
 
 
 @every_implementation
@@ -581,7 +626,7 @@ def test_no_element_is_ever_wrong_in_60_launches(
     x, weight = conv.tensors(dtype, "cuda", from_last)
     shift = coefficients(conv.C_out, "cuda")[1]
     values = (None, shift, -8.0, 8.0)
-    expected = kernels.epilogue.reference(eager(x, weight, conv), *values)
+    expected = pointwise(eager(x, weight, conv), *values)
     terms = eager(x.abs(), weight.abs(), conv)
     first = torch.full_like(laid_out(expected, to_last), math.nan)
     problem = ON_GPU.problem(x, weight, conv, to_last)

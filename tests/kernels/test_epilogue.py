@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,24 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton")
 
+import triton.language as tl
+
 from fusion_backend.kernels import epilogue as kernels
 from fusion_backend.kernels.epilogue import FLAT_CONFIGS, TRANSPOSE_CONFIGS, Config, reference
+from fusion_backend.kernels.gate import Gate, pack, passes, unpack
+from tests.kernels import interpreting
 from tests.kernels.interpreting import interpreted
+from tests.kernels.test_gate import GATES, on_and_around
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = ("scale", "shift", "lo", "hi")
 
 Value = torch.Tensor | float | None
+
+
+def sums_by_numpy() -> AbstractContextManager[object]:
+    """The interpreter knows a sum by its function, and would call that of a twin for every element."""
+    return mock.patch.object(tl.standard, "_sum_combine", interpreting._STANDARD["_sum_combine"])
 
 
 @dataclass(frozen=True)
@@ -48,11 +59,15 @@ class Implementation:
         else:
             assert torch.ops.fused_post.epilogue_(x, *tensors, *numbers) is None
 
-    def launch(self, out: torch.Tensor, x: torch.Tensor, values: list[Value], config: Config) -> None:
+    def gated(self, y: torch.Tensor, values: tuple[Value, ...], gate: Gate | None) -> torch.Tensor:
+        with mock.patch.object(kernels, "wrap_triton", lambda kernel: kernel), sums_by_numpy():
+            return (self.twin or kernels).gated_(y, *split(values), gate)
+
+    def launch(self, out: torch.Tensor, x: torch.Tensor, values: list[Value], config: Config, *bits: Any) -> None:
         module = self.twin or kernels
         given = module.coefficients_for(x, *split(tuple(values)))
-        with mock.patch.object(kernels, "wrap_triton", lambda kernel: kernel):
-            module.launch(out, x, given, config)
+        with mock.patch.object(kernels, "wrap_triton", lambda kernel: kernel), sums_by_numpy():
+            module.launch(out, x, given, config, *bits)
 
 
 def split(values: tuple[Value, ...]) -> tuple[tuple[torch.Tensor | None, ...], tuple[Any, ...]]:
@@ -349,6 +364,111 @@ def test_in_place_writes_where_x_lies(run: Implementation, channels_last: bool) 
     assert (x.data_ptr(), x.stride()) == (address, strides)
 
 
+def around(shape: tuple[int, ...], *bounds: float, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Filled with what lies on and around the bounds, over and over."""
+    values = on_and_around(*bounds, dtype=dtype)
+    numel = math.prod(shape)
+    return values.repeat(numel // len(values) + 1)[:numel].view(shape).to(device)
+
+
+def expected_bits(x: torch.Tensor, lo: Value, hi: Value, gate: Gate, channels_last: bool) -> torch.Tensor:
+    lo, hi = (bound.view(-1, *(1,) * (x.dim() - 2)) if isinstance(bound, torch.Tensor) else bound for bound in (lo, hi))
+    return pack(passes(x.float(), lo, hi, gate), channels_last)
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_bits_of_any_size_in_both_layouts(run: Implementation, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    lo, hi = (torch.full((shape[1],), bound, device=run.device) for bound in (-0.5, 0.75))
+    for channels_last, gate in ((False, Gate(lo_open=True)), (True, Gate(hi_open=True, passes_nan=False))):
+        x = laid_out(around(shape, -0.5, 0.75, dtype=dtype, device=run.device), channels_last)
+        y = x.clone()
+        bits = run.gated(y, (None, None, lo, hi), gate)
+        assert torch.equal(bits, expected_bits(x, lo, hi, gate, bool(kernels.is_channels_last(x))))
+        assert_same(y, reference(x, None, None, lo, hi))
+        assert y.stride() == x.stride()
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", GATES, ids=str)
+def test_bits_of_every_gate_and_pair_of_bounds(run: Implementation, gate: Gate, dtype: torch.dtype) -> None:
+    x = around((2, 3, 3, 5), -0.5, 0.75, dtype=dtype, device=run.device)
+    los, his = ((None, bound, torch.full((3,), bound, device=run.device)) for bound in (-0.5, 0.75))
+    for lo, hi in ((None, None), (los[1], None), (None, his[2]), (los[2], his[1])):
+        bits = run.gated(x.clone(), (None, None, lo, hi), gate)
+        assert torch.equal(bits, expected_bits(x, lo, hi, gate, False))
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_are_of_the_value_before_it_is_clamped_and_rounded(run: Implementation, dtype: torch.dtype) -> None:
+    """1 + 2^-20 is beyond a bound of 1, though it is 1 in half precision."""
+    x = torch.tensor([1.0, -1.0] * 5, device=run.device, dtype=dtype).view(1, 2, 5)
+    beyond = torch.tensor([2.0**-20, -(2.0**-20)], device=run.device)
+    bits = run.gated(x.clone(), (1.0, beyond, None, 1.0), Gate())
+    assert torch.equal(bits, pack(x * 1.0 + beyond.view(2, 1) <= 1.0, False))
+    assert bits.sum().item() not in (0, 255 + 3)
+    doubled = run.gated(x.clone(), (torch.full((2,), 2.0, device=run.device), None, -2.0, 1.5), Gate(lo_open=True))
+    assert torch.equal(doubled, pack((2 * x > -2) & (2 * x <= 1.5), False))
+
+
+@every_implementation
+def test_a_bound_that_is_no_bound_blocks_nothing(run: Implementation) -> None:
+    x = torch.tensor([math.inf, -math.inf, 0.0, math.nan], device=run.device).view(1, 1, 4)
+    bits = run.gated(x.clone(), (None, None, -math.inf, math.inf), Gate(lo_open=True, hi_open=True))
+    assert bits.tolist() == [0b1111]
+
+
+@every_implementation
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_without_a_gate_there_are_no_bits(run: Implementation, channels_last: bool) -> None:
+    x, values = laid_out(random((2, 3, 4, 5), torch.float32, run.device), channels_last), coefficients(3, run.device)
+    y = x.clone()
+    bits = run.gated(y, tuple(values), None)
+    assert (bits.shape, bits.dtype) == ((0,), torch.uint8)
+    assert_same(y, reference(x, *values))
+
+
+def test_bits_of_float64_are_those_of_float64() -> None:
+    """1/3 is another number in float32."""
+    x = torch.tensor([1 / 3, math.nextafter(1 / 3, 0), math.nextafter(1 / 3, 1)], dtype=torch.float64).view(1, 1, 3)
+    y = x.clone()
+    assert kernels.gated_(y, (None,) * 4, (1.0, 0.0, None, 1 / 3), Gate()).tolist() == [0b011]
+    assert y.flatten().tolist() == [*x.flatten()[:2].tolist(), 1 / 3]
+
+
+def test_bits_of_memory_with_gaps_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"y has strides \(24, 12, 2\) for shape \(2, 2, 6\); allowed: contiguous or"):
+        kernels.gated_(torch.zeros(2, 2, 12)[:, :, ::2], (None,) * 4, (1.0, 0.0, 0.0, None), Gate())
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", FLAT_CONFIGS, ids=lambda config: name_of(config))
+def test_every_configuration_writes_every_bit_and_nothing_else(
+    run: Implementation, config: Config, dtype: torch.dtype
+) -> None:
+    """Two blocks and a third; memory is NaN before, of the bits 0b10101010, also to both sides."""
+    block, margin = config.elements(dtype), 64
+    for channels_last, C, L in ((False, 2, block * 7 // 6), (False, 18, block * 5 // 27), (True, 64, block * 5 // 96)):
+        x = laid_out(random((1, C, L), dtype, run.device), channels_last)
+        values = coefficients(C, run.device, ("none", "none", "tensor", "tensor"))
+        gate = Gate(hi_open=True)
+        expected = expected_bits(x, values[2], values[3], gate, channels_last)
+        outs = torch.full((C * L + 2 * margin,), math.nan, dtype=dtype, device=run.device)
+        bytes_ = torch.full((len(expected) + 2 * margin,), 0b10101010, dtype=torch.uint8, device=run.device)
+        inner = outs[margin:-margin]
+        out = inner.view(1, L, C).transpose(1, 2) if channels_last else inner.view(1, C, L)
+        run.launch(out, x, values, config, bytes_[margin:-margin], gate)
+        assert_same(out, reference(x, *values))
+        assert torch.equal(bytes_[margin:-margin], expected)
+        for side in (slice(margin), slice(-margin, None)):
+            assert outs[side].isnan().all()
+            assert (bytes_[side] == 0b10101010).all()
+
+
 # What a user can get wrong, each with the message's first words.
 X = torch.zeros(2, 3, 4, 4)
 MISTAKES = [
@@ -422,11 +542,42 @@ def test_sizes_that_vary_are_traced_into_one_launch(channels_last: bool) -> None
     def shifted_relu(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         return kernels._out_of_place(x, (None, shift, None, None), (1.0, 0.0, 0.0, None), None)
 
-    with mock.patch.object(kernels, "_runs_kernel", return_value=True):
+    with mock.patch.object(kernels, "runs_kernel", return_value=True):
         graph = make_fx(shifted_relu, tracing_mode="symbolic")(x, torch.ones(16))
     launches = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
     assert len(launches) == 1
     assert len(graph.shape_env.guards) <= 3
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_bits_of_sizes_that_vary_are_traced_into_one_launch(channels_last: bool) -> None:
+    x = laid_out(random((2, 16, 40, 32), torch.float32, "cpu"), channels_last)
+
+    def gated_relu(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = x + 1
+        bits = kernels.gated_(y, (None, shift, None, None), (1.0, 0.0, 0.0, None), Gate(lo_open=True))
+        return y, bits
+
+    with mock.patch.object(kernels, "runs_kernel", return_value=True):
+        graph = make_fx(gated_relu, tracing_mode="symbolic")(x, torch.ones(16))
+    launches = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    assert len(launches) == 1
+    assert len(graph.shape_env.guards) <= 3
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_on_a_cpu_inductor_fuses_the_reference_of_the_bits(channels_last: bool) -> None:
+    x = laid_out(around((2, 3, 5, 7), -0.5, 0.75, dtype=torch.float32, device="cpu"), channels_last)
+
+    @torch.compile(fullgraph=True)
+    def gated(x: torch.Tensor, hi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        given = kernels.Coefficients((None, None, None, hi), (0.0, 0.0, -0.5, 0.0), (False, False, True, True))
+        return kernels.gated_reference(x * 1, given, Gate(hi_open=True), channels_last)
+
+    hi = torch.full((3,), 0.75)
+    y, bits = gated(x, hi)
+    assert_same(y, reference(x, None, None, -0.5, hi))
+    assert torch.equal(bits, expected_bits(x, -0.5, hi, Gate(hi_open=True), channels_last))
 
 
 def test_on_a_cpu_inductor_fuses_the_reference() -> None:
@@ -526,8 +677,32 @@ def test_more_than_2_to_the_31_elements(C: int, from_last: bool) -> None:
         assert is_laid_out(y, to_last)
         assert wrong_elements(y, expected) == 0
         del y
-    ON_GPU.in_place(x, *values)
+    bits = ON_GPU.gated(x, tuple(values), Gate())
     assert wrong_elements(x, expected) == 0
+    # A value that was clamped lies on a bound now, and hardly any other does.
+    passing = unpack(bits, shape, from_last)
+    lo, hi = (values[place].view(-1, 1, 1).to(x.dtype) for place in (2, 3))
+    for image in range(shape[0]):
+        on_a_bound = (x[image] == lo) | (x[image] == hi)
+        assert (passing[image] | on_a_bound).all()
+        assert (passing[image] & on_a_bound).float().mean().item() < 0.05
+
+
+@pytest.mark.usefixtures("empty_gpu")
+@pytest.mark.parametrize("from_last", [False, True], ids=["from_contiguous", "from_channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_bit_is_ever_wrong_in_repeated_launches(dtype: torch.dtype, from_last: bool) -> None:
+    x = laid_out(torch.randn(32, 64, 128, 128, device="cuda").to(dtype), from_last)
+    values = coefficients(64, "cuda", ("none", "none", "tensor", "tensor"))
+    gate = Gate(lo_open=True)
+    expected = expected_bits(x, values[2], values[3], gate, from_last)
+    for config in FLAT_CONFIGS:
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        for _ in range(30):
+            out, bits = torch.full_like(x, math.nan), torch.full_like(expected, 0b10101010)
+            ON_GPU.launch(out, x, values, config, bits, gate)
+            wrong += (bits != expected).sum()
+        assert wrong.item() == 0, f"{wrong.item()} wrong bytes with {config}"
 
 
 @pytest.mark.usefixtures("empty_gpu")

@@ -1,0 +1,406 @@
+"""grad_x = where(p, a * grad, 0): back through y = min(max(a*x + b, lo), hi), with the sums that b, lo and hi ask for.
+
+p is the bit of an element that the forward has written (see ``gate``), a is a number or one value per channel:
+
+    passed[c]  = sum of grad over the elements of channel c that pass       the gradient of b
+    blocked[c] = sum of grad over those that do not                         of lo, or of hi
+
+All of it in one pass, computed in fp32, and rounded once. ``where`` and not a product: NaN and infinity in a blocked
+element end there.
+
+    bytes moved = (2 * itemsize + 1/8) * numel        (the partial sums are a few thousandths of that)
+
+A program adds up what it has read, writes that down, and one ``sum`` over these partial sums follows. No program waits
+for or adds to another, so the same input gives the same bits on every run. Memory is a matrix of which a program has
+tiles, and its sums are those of the rows or of the columns:
+
+    contiguous                 [N * C, S]      a row is one channel's
+    channels_last              [N * S, C]      a column is one channel's
+    contiguous, short rows     [N, C * S]      a column is one pixel of one channel
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.library import triton_op, wrap_triton
+from triton.runtime.jit import JITFunction
+
+from fusion_backend.kernels.coefficients import check_coefficients, coefficients_for
+from fusion_backend.kernels.epilogue import ENOUGH_PROGRAMS, VECTOR_BYTES
+from fusion_backend.kernels.gate import unpack
+from fusion_backend.kernels.layout import empty
+from fusion_backend.kernels.support import DTYPES
+
+# The gradient and the sums of what passes and of what does not; None for a sum that is not asked for.
+Result = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+def reference(
+    grad: torch.Tensor,
+    bits: torch.Tensor | None,
+    scale: torch.Tensor | float | None,
+    channels_last: bool,
+    sum_passed: bool,
+    sum_blocked: bool,
+) -> Result:
+    """The same in plain PyTorch. In float64 for a float64 grad, else in float32; grad_x is rounded once."""
+    g = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    factor = scale.view(-1, *(1,) * (grad.dim() - 2)) if isinstance(scale, torch.Tensor) else scale
+    dims = (0, *range(2, grad.dim()))
+    if bits is None:
+        grad_x = (g * (1.0 if factor is None else factor)).to(grad.dtype)
+        blocked = g.new_zeros(grad.shape[1]) if sum_blocked else None
+        return _laid_out(grad_x, channels_last), g.sum(dims) if sum_passed else None, blocked
+    passing = unpack(bits, grad.shape, channels_last)
+    grad_x = torch.where(passing, g if factor is None else g * factor, 0.0).to(grad.dtype)
+    passed = torch.where(passing, g, 0.0).sum(dims) if sum_passed else None
+    blocked = torch.where(passing, 0.0, g).sum(dims) if sum_blocked else None
+    return _laid_out(grad_x, channels_last), passed, blocked
+
+
+def _laid_out(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    if (x.movedim(1, -1) if channels_last else x).is_contiguous():
+        return x
+    return empty(x.shape, x, channels_last).copy_(x)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Bytes of a tile, warps of its program, and the tiles that a program adds up where it sums columns."""
+
+    tile_bytes: int
+    num_warps: int
+    tiles: int
+
+
+CONFIGS = (Config(4096, 4, 1), Config(16384, 8, 2), Config(16384, 8, 8))
+
+# Contiguous rows shorter than this are not worth a row of a tile.
+SHORT_ROW = 128
+
+# A tile's columns at most where they are added up; the more rows it has, the fewer partial sums there are.
+WIDEST = 256
+
+# A tile's row is this long or longer, where the matrix has as many columns.
+LEAST_ROW_BYTES = 128
+
+
+def choose_config(total_bytes: int) -> Config:
+    """The largest that still gives every multiprocessor of a GPU enough to do."""
+    for config in reversed(CONFIGS):
+        if guard_or_false(total_bytes >= ENOUGH_PROGRAMS * config.tile_bytes * config.tiles):
+            return config
+    return CONFIGS[0]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A matrix [rows, units] of units of ``width`` elements, cut into tiles; see ``_backward_kernel``."""
+
+    rows: int
+    units: int
+    width: int
+    by_row: bool
+    tile_rows: int
+    tile_units: int
+    tiles: int
+    num_warps: int
+
+    @property
+    def strips(self) -> int:
+        return _cdiv(self.rows, self.tile_rows * self.tiles)
+
+    @property
+    def blocks(self) -> int:
+        return _cdiv(self.units, self.tile_units)
+
+
+def tiling_for(grad: torch.Tensor, channels_last: bool, config: Config | None = None) -> Tiling:
+    """All but the channels may be symbolic."""
+    N, C, *sizes = grad.shape
+    C, S = int(C), math.prod(sizes)
+    itemsize = grad.dtype.itemsize
+    config = config or choose_config(grad.numel() * itemsize)
+
+    by_row = not channels_last and guard_or_false(S >= SHORT_ROW)
+    if by_row:
+        rows, columns = N * C, S
+    elif channels_last:
+        rows, columns = N * S, C
+    else:
+        rows, columns = N, C * S
+
+    width = VECTOR_BYTES // itemsize
+    if not guard_or_false(columns % width == 0):
+        width, config = 1, CONFIGS[0]
+
+    # Where an element has an address or a sum of its own, it takes a register, as if all were fp32.
+    elements = config.tile_bytes // (itemsize if by_row and width > 1 else 4)
+    if by_row:
+        tile_columns = _row_tile(columns, elements)
+    else:
+        tile_columns = _column_tile(C, LEAST_ROW_BYTES // itemsize) if channels_last else WIDEST
+    return Tiling(
+        rows,
+        columns // width,
+        width,
+        by_row,
+        elements // tile_columns,
+        tile_columns // width,
+        1 if by_row else config.tiles,
+        config.num_warps,
+    )
+
+
+def _row_tile(S: int, elements: int) -> int:
+    """The longest part of a tile that leaves at most an eighth of the tiles empty."""
+    for columns in (elements, elements // 4):
+        if guard_or_false(8 * _cdiv(S, columns) * columns <= 9 * S):
+            return columns
+    return SHORT_ROW
+
+
+def _column_tile(C: int, least: int) -> int:
+    """The widest power of two that leaves at most a third of the tiles empty, or what leaves least."""
+    candidates = [min(triton.next_power_of_2(C), WIDEST)]
+    while candidates[-1] > least:
+        candidates.append(candidates[-1] // 2)
+    padded = {columns: _cdiv(C, columns) * columns for columns in candidates}
+    good = [columns for columns in candidates if 2 * padded[columns] <= 3 * C]
+    return good[0] if good else min(candidates, key=padded.__getitem__)
+
+
+def _cdiv(size: int, block: int) -> int:
+    return (size + block - 1) // block
+
+
+@triton.jit
+def _backward_kernel(
+    grad_x_ptr,
+    passed_ptr,
+    blocked_ptr,
+    grad_ptr,
+    bits_ptr,
+    scale_ptr,
+    rows,
+    units,
+    channels,
+    spatial,
+    tiles,
+    scale,
+    HAS_SCALE: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """Some tiles, one below the other, of ROWS rows and UNITS units of WIDTH elements, of a matrix [rows, units].
+
+    Their number is no constexpr: compilers would unroll the loop, and run out of registers. A unit is what one access
+    reads, and its bits lie in one byte. BY_ROW: the channel of a row is row % channels, and passed and blocked are
+    [rows, blocks of units]. Else that of a column is column // spatial, and they are [blocks of rows, columns].
+    """
+    blocks = tl.cdiv(units, UNITS)
+    block = tl.program_id(0) % blocks
+    strip = tl.program_id(0) // blocks
+    place = tl.arange(0, WIDTH)[None, :]
+    lane = tl.arange(0, ROWS * UNITS)
+    unit = block * UNITS + lane % UNITS
+    first = strip.to(tl.int64) * (ROWS * tiles)
+
+    if HAS_SCALE:
+        if scale_ptr is not None:
+            if BY_ROW:
+                channel = ((first % channels).to(tl.int32) + lane // UNITS)[:, None] % channels
+            else:
+                channel = tl.minimum((unit[:, None] * WIDTH + place) // spatial, channels - 1)
+            scale = tl.load(scale_ptr + channel)
+        else:
+            scale = tl.cast(scale, tl.float32)  # Inductor hands numbers over in float64
+
+    passed = tl.zeros((ROWS * UNITS, WIDTH), tl.float32)
+    blocked = tl.zeros((ROWS * UNITS, WIDTH), tl.float32)
+    for tile in range(tiles):
+        row = first + tile * ROWS + lane // UNITS
+        inside = (row < rows) & (unit < units)
+        offset = (row * units + unit) * WIDTH
+        grad = tl.load(grad_ptr + offset[:, None] + place, mask=inside[:, None], other=0.0)
+        g = grad.to(tl.float32)
+        grad_x = g * scale if HAS_SCALE else g
+        if bits_ptr is None:
+            passed += g
+        else:
+            byte = tl.load(bits_ptr + (offset >> 3), mask=inside, other=0).to(tl.int32)
+            passing = ((byte >> (offset & 7).to(tl.int32))[:, None] >> place) & 1 != 0
+            grad_x = tl.where(passing, grad_x, 0.0)
+            passed += tl.where(passing, g, 0.0)
+            blocked += tl.where(passing, 0.0, g)
+        tl.store(grad_x_ptr + offset[:, None] + place, grad_x.to(grad.dtype), mask=inside[:, None])
+
+    if BY_ROW:
+        row = first + tl.arange(0, ROWS)
+        sums = row * blocks + block  # [ROWS]
+        known = row < rows
+        if passed_ptr is not None:
+            tl.store(passed_ptr + sums, tl.sum(tl.reshape(tl.sum(passed, 1), (ROWS, UNITS)), 1), mask=known)
+        if blocked_ptr is not None:
+            tl.store(blocked_ptr + sums, tl.sum(tl.reshape(tl.sum(blocked, 1), (ROWS, UNITS)), 1), mask=known)
+    else:
+        unit = block * UNITS + tl.arange(0, UNITS)
+        sums = (strip.to(tl.int64) * units + unit)[:, None] * WIDTH + place  # [UNITS, WIDTH]
+        known = (unit < units)[:, None]
+        if passed_ptr is not None:
+            tl.store(passed_ptr + sums, tl.sum(tl.reshape(passed, (ROWS, UNITS, WIDTH)), 0), mask=known)
+        if blocked_ptr is not None:
+            tl.store(blocked_ptr + sums, tl.sum(tl.reshape(blocked, (ROWS, UNITS, WIDTH)), 0), mask=known)
+
+
+def launch(
+    grad: torch.Tensor,
+    bits: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    scale_number: float,
+    channels_last: bool,
+    sum_passed: bool,
+    sum_blocked: bool,
+    tiling: Tiling,
+) -> Result:
+    """``reference`` by one kernel and a sum of its partial sums; grad is dense in the given layout, and not empty."""
+    N, C, *sizes = grad.shape
+    S = math.prod(sizes)
+    if bits is None and sum_blocked:
+        grad_x, passed, _ = launch(grad, bits, scale, scale_number, channels_last, sum_passed, False, tiling)
+        return grad_x, passed, grad.new_zeros(C, dtype=torch.float32)
+
+    given = coefficients_for(grad, (scale, None, None, None), (scale_number, 0.0, None, None))
+    spatial = 1 if channels_last else S
+    parts = (N, C, tiling.blocks) if tiling.by_row else (tiling.strips, C, spatial)
+    grad_x = empty(grad.shape, grad, channels_last)
+    passed = _empty_parts(parts, grad) if sum_passed else None
+    blocked = _empty_parts(parts, grad) if sum_blocked else None
+    kernel: Any = wrap_triton(_backward_kernel) if isinstance(_backward_kernel, JITFunction) else _backward_kernel
+    kernel[(tiling.strips * tiling.blocks,)](
+        grad_x,
+        passed,
+        blocked,
+        grad,
+        bits,
+        given.tensors[0],
+        tiling.rows,
+        tiling.units,
+        C,
+        spatial,
+        tiling.tiles,
+        given.numbers[0],
+        HAS_SCALE=given.present[0],
+        BY_ROW=tiling.by_row,
+        WIDTH=tiling.width,
+        ROWS=tiling.tile_rows,
+        UNITS=tiling.tile_units,
+        num_warps=tiling.num_warps,
+    )
+    return grad_x, None if passed is None else passed.sum((0, 2)), None if blocked is None else blocked.sum((0, 2))
+
+
+def _empty_parts(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _check(grad: torch.Tensor, bits: torch.Tensor | None, scale: torch.Tensor | None) -> None:
+    if not 3 <= grad.dim() <= 5:
+        raise ValueError(
+            f"grad has rank {grad.dim()} (shape {tuple(grad.shape)}); allowed are ranks 3 to 5: [N, C, *spatial]"
+        )
+    allowed = (*DTYPES, torch.float64)
+    if grad.dtype not in allowed:
+        raise TypeError(f"grad has dtype {grad.dtype}; allowed are {', '.join(map(str, allowed))}")
+    compute = torch.promote_types(grad.dtype, torch.float32)
+    check_coefficients(int(grad.shape[1]), grad.device, (scale, None, None, None), compute, "grad")
+    if bits is None:
+        return
+    if bits.dtype != torch.uint8:
+        raise TypeError(f"bits has dtype {bits.dtype}; allowed is torch.uint8")
+    if bits.dim() != 1 or bits.shape[0] != _cdiv(grad.numel(), 8):
+        raise ValueError(
+            f"bits has shape {tuple(bits.shape)}; allowed is one bit an element, [ceil({grad.numel()} / 8)] = "
+            f"({_cdiv(grad.numel(), 8)},)"
+        )
+    if bits.device != grad.device:
+        raise ValueError(f"bits is on {bits.device}; allowed is grad's device, {grad.device}")
+    if not bits.is_contiguous():
+        raise ValueError(f"bits has stride {bits.stride(0)}; allowed is 1: call .contiguous() on it")
+
+
+def _runs_kernel(grad: torch.Tensor) -> bool:
+    """As in ``epilogue``: on GPUs, but not for float64; under TRITON_INTERPRET=1 on all but fake tensors."""
+    if grad.dtype not in DTYPES:
+        return False
+    if isinstance(_backward_kernel, JITFunction):
+        return grad.device.type in ("cuda", "hip")
+    return type(grad) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _backward(
+    grad: torch.Tensor,
+    bits: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    scale_number: float,
+    channels_last: bool,
+    sum_passed: bool,
+    sum_blocked: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check(grad, bits, scale)
+    compute = torch.promote_types(grad.dtype, torch.float32)
+    wanted = (sum_passed, sum_blocked)
+    if grad.numel() == 0:
+        passed, blocked = (grad.new_zeros(grad.shape[1] if each else 0, dtype=compute) for each in wanted)
+        return empty(grad.shape, grad, channels_last), passed, blocked
+    if _runs_kernel(grad):
+        grad = _laid_out(grad, channels_last)
+        tiling = tiling_for(grad, channels_last)
+        grad_x, *sums = launch(grad, bits, scale, scale_number, channels_last, *wanted, tiling)
+    else:
+        factor = scale if scale is not None else scale_number if scale_number != 1.0 else None
+        grad_x, *sums = reference(grad, bits, factor, channels_last, *wanted)
+    passed, blocked = (grad.new_empty(0, dtype=compute) if each is None else each for each in sums)
+    return grad_x, passed, blocked
+
+
+# The body comes first: where triton_op registers an operator it looks for the kernels behind it, for compile caches.
+
+
+@triton_op("fused_post::epilogue_backward", mutates_args=())
+def epilogue_backward(
+    grad: torch.Tensor,
+    bits: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    scale_number: float,
+    channels_last: bool,
+    sum_passed: bool,
+    sum_blocked: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """where(bit, scale * grad, 0), and per channel the sums of grad where the bit is set, and where it is not.
+
+    ``grad``: [N, C, *spatial], rank 3 to 5, float32, float16, bfloat16, or (without a kernel) float64, of any strides.
+    ``bits``: uint8 [ceil(numel / 8)] in the order of memory of the layout that ``channels_last`` names, which the first
+    result has too; None: every element passes. ``scale``: a contiguous float32 tensor [C] on grad's device (float64 for
+    a float64 grad) or, where that is None, the number. The sums are float32 [C] (float64 for float64), or [0] where
+    they are not asked for; they are of grad as it came, without the scale. Equal inputs give equal bits on every run.
+    There is no second derivative. Raises ValueError or TypeError for anything else.
+    """
+    return _backward(grad, bits, scale, scale_number, channels_last, sum_passed, sum_blocked)
+
+
+def _no_second_derivative(ctx: Any, *grads: torch.Tensor | None) -> None:
+    raise RuntimeError(
+        "fused_post's training operators have no second derivative; for a double backward compile the model with "
+        'torch.compile(model, backend="inductor")'
+    )
+
+
+epilogue_backward.register_autograd(_no_second_derivative)

@@ -1,0 +1,304 @@
+"""The operator for training: gradients against float64 autograd, what it keeps, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton")
+
+from fusion_backend.kernels import conv_transpose, epilogue, epilogue_backward, gate
+from fusion_backend.kernels import conv_transpose_training as kernels
+from fusion_backend.kernels.conv_transpose import CONV_TRANSPOSE
+from tests.kernels.compiling import record_launches
+
+GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
+PATHS = [
+    pytest.param("cpu", False, id="cpu"),
+    pytest.param("cuda", False, id="gpu-epilogue", marks=GPU_MARKS),
+    pytest.param("cuda", True, id="gpu-fused", marks=GPU_MARKS),
+]
+every_path = pytest.mark.parametrize(("device", "fused"), PATHS)
+every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU_MARKS)])
+
+# x's shape, C_out, kernel, stride, padding, output_padding, dilation, groups
+CONVOLUTIONS = {
+    "1d": ((2, 4, 7), 6, 5, 3, 1, 1, 1, 1),
+    "2d": ((2, 4, 5, 3), 6, 3, 2, 1, 1, 1, 1),
+    "3d": ((1, 4, 2, 3, 4), 2, 2, 2, 0, 0, 1, 1),
+    "groups": ((2, 4, 5, 3), 6, 3, 2, 1, 0, 1, 2),
+    "depthwise": ((2, 4, 5, 3), 4, 4, 2, 1, 0, 1, 4),
+    "dilation": ((2, 4, 5, 3), 3, 3, 2, 2, 1, 2, 1),
+    "one of each": ((1, 1, 1), 1, 1, 1, 0, 0, 1, 1),
+}
+every_convolution = pytest.mark.parametrize("convolution", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+
+
+def setting(
+    convolution: tuple[Any, ...], device: str, dtype: torch.dtype, channels_last: bool = False
+) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """x, weight, and the operator's further arguments up to groups."""
+    shape, C_out, kernel, *sizes, groups = convolution
+    generator = torch.Generator().manual_seed(0)
+    rank = len(shape) - 2
+    x = torch.randn(shape, generator=generator).to(device, dtype)
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    weight = torch.randn(shape[1], C_out // groups, *(kernel,) * rank, generator=generator).to(device, dtype)
+    return x.requires_grad_(), weight.requires_grad_(), (*([size] for size in sizes), groups)
+
+
+def coefficients(
+    C: int, device: str, dtype: torch.dtype, names: Sequence[str] = ("scale", "shift", "lo", "hi")
+) -> dict[str, Tensor]:
+    """One value a channel each, with gradients; bounds that are hit often."""
+    generator = torch.Generator().manual_seed(C)
+    made = {
+        "scale": torch.randn(C, generator=generator),
+        "shift": torch.randn(C, generator=generator),
+        "lo": -torch.rand(C, generator=generator),
+        "hi": torch.rand(C, generator=generator),
+    }
+    return {name: made[name].to(device, dtype).requires_grad_() for name in names}
+
+
+def eager(x: Tensor, weight: Tensor, sizes: tuple[Any, ...], given: dict[str, Tensor | float]) -> Tensor:
+    """Closed bounds, by autograd."""
+    stride, padding, output_padding, dilation, groups = sizes
+    y = CONV_TRANSPOSE[x.dim()](x, weight, None, stride, padding, output_padding, groups, dilation)
+
+    def per_channel(name: str) -> Any:
+        value = given[name]
+        return value.view(-1, *(1,) * (x.dim() - 2)) if isinstance(value, Tensor) else value
+
+    if "scale" in given:
+        y = y * per_channel("scale")
+    if "shift" in given:
+        y = y + per_channel("shift")
+    if "lo" in given:
+        y = torch.clamp(y, min=per_channel("lo"))
+    return torch.clamp(y, max=per_channel("hi")) if "hi" in given else y
+
+
+def ours(x: Tensor, weight: Tensor, sizes: tuple[Any, ...], given: dict[str, Tensor | float], **flags: bool) -> Tensor:
+    arguments = {name if isinstance(value, Tensor) else f"{name}_number": value for name, value in given.items()}
+    flags = {"passes_nan": False, **flags} if "lo" in given or "hi" in given else flags
+    y, _ = torch.ops.fused_post.conv_transpose_training(x, weight, *sizes, **arguments, **flags)
+    return y
+
+
+LEARNED = [
+    {},
+    {"shift"},
+    {"scale"},
+    {"scale", "shift", "lo"},
+    {"shift", "hi"},
+]
+
+
+@every_convolution
+@pytest.mark.parametrize("learned", LEARNED, ids=lambda names: " ".join(sorted(names)) or "no coefficient")
+def test_the_reference_path_passes_gradcheck(convolution: tuple[Any, ...], learned: set[str]) -> None:
+    x, weight, sizes = setting(convolution, "cpu", torch.float64)
+    given = coefficients(convolution[1], "cpu", torch.float64, sorted(learned))
+    names = list(given)
+
+    def function(x: Tensor, weight: Tensor, *values: Tensor) -> Tensor:
+        return ours(x, weight, sizes, dict(zip(names, values, strict=True)))
+
+    assert torch.autograd.gradcheck(function, (x, weight, *given.values()), fast_mode=True)
+
+
+@every_path
+@every_convolution
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_gradients_are_no_further_from_float64_than_eagers(
+    convolution: tuple[Any, ...], channels_last: bool, dtype: torch.dtype, device: str, fused: bool
+) -> None:
+    """The rule of Dynamo's own accuracy check. The bounds are far from most values, so that few gates may differ."""
+    for learned in LEARNED:
+        x, weight, sizes = setting(convolution, device, dtype, channels_last)
+        compute = torch.promote_types(dtype, torch.float32)
+        given = coefficients(convolution[1], device, compute, sorted(learned))
+        given |= {} if given.keys() & {"lo", "hi"} else {"lo": -3.0, "hi": 3.5}
+        leaves = [x, weight, *(value for value in given.values() if isinstance(value, Tensor))]
+        exact_given = {
+            n: v.detach().double().requires_grad_() if isinstance(v, Tensor) else v for n, v in given.items()
+        }
+        exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+        exact_leaves = [exact_x, exact_weight, *(v for v in exact_given.values() if isinstance(v, Tensor))]
+        exact_y = eager(exact_x, exact_weight, sizes, exact_given)
+        grad = torch.randn(exact_y.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        exact = torch.autograd.grad(exact_y, exact_leaves, grad.double())
+        result = torch.autograd.grad(ours(x, weight, sizes, given, fused=fused), leaves, grad)
+        peer = torch.autograd.grad(eager(x, weight, sizes, given), leaves, grad.to(compute))
+        for name, mine, theirs, true in zip(["x", "weight", *sorted(learned)], result, peer, exact, strict=True):
+            errors = [(g.double() - true).square().mean().sqrt().item() for g in (mine, theirs)]
+            scale = true.square().mean().sqrt().item()
+            assert errors[0] <= 2 * errors[1] + 2 * torch.finfo(dtype).eps * scale, (name, learned)
+
+
+BOUNDARY = torch.tensor([-1.0, 0.0, 1.0, 6.0, 0.5, -0.0, math.nan, math.inf, -math.inf])
+BOUNDARY = torch.cat([BOUNDARY, *(torch.nextafter(BOUNDARY[:4], torch.tensor(to)) for to in (math.inf, -math.inf))])
+
+RULES = {
+    "clamp": (lambda x: x.clamp(0, 1), {"lo": 0.0, "hi": 1.0}, (False, False, False)),
+    "clamp_min": (lambda x: x.clamp_min(0), {"lo": 0.0}, (False, False, False)),
+    "clamp_max": (lambda x: x.clamp_max(1), {"hi": 1.0}, (False, False, False)),
+    "relu": (F.relu, {"lo": 0.0}, (True, False, True)),
+    "relu6": (F.relu6, {"lo": 0.0, "hi": 6.0}, (True, True, True)),
+    "hardtanh": (F.hardtanh, {"lo": -1.0, "hi": 1.0}, (True, True, True)),
+}
+
+
+def one_by_one(function: Any, x: Tensor) -> Tensor:
+    """The gradient of one element: where the CPU takes several at a time, hardtanh treats a NaN otherwise."""
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(function(x), x)[0]
+
+
+@every_path
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_the_bits_are_eagers_on_the_bounds(rule: tuple[Any, ...], device: str, fused: bool) -> None:
+    """Through a convolution by 1, which changes no value."""
+    function, bounds, (lo_open, hi_open, passes_nan) = rule
+    x = BOUNDARY.to(device).view(1, 1, -1)
+    expected = torch.stack([one_by_one(function, value) for value in x.flatten()]).view_as(x)
+    flags = {"lo_open": lo_open, "hi_open": hi_open, "passes_nan": passes_nan, "fused": fused}
+    numbers = {f"{name}_number": bound for name, bound in bounds.items()}
+    one = torch.ones(1, 1, 1, device=device)
+    y, bits = torch.ops.fused_post.conv_transpose_training(x, one, [1], [0], [0], [1], **numbers, **flags)
+    assert torch.equal(gate.unpack(bits, x.shape, False), expected.bool())
+    torch.testing.assert_close(y, function(x), rtol=0, atol=0, equal_nan=True)
+
+
+@every_path
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_nothing_of_the_outputs_size_is_kept_but_the_bits(channels_last: bool, device: str, fused: bool) -> None:
+    x, weight, sizes = setting(CONVOLUTIONS["2d"], device, torch.float32, channels_last)
+    given = coefficients(6, device, torch.float32, ["scale", "shift"]) | {"lo": 0.0, "hi": 1.0}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = ours(x, weight, sizes, given, fused=fused)
+    assert sorted(t.nbytes for t in kept) == sorted(
+        [x.nbytes, weight.nbytes, given["scale"].nbytes, -(-y.numel() // 8)]
+    )
+
+
+@every_device
+def test_only_what_is_asked_for_is_computed(device: str) -> None:
+    for wanted in itertools.product((False, True), repeat=3):
+        if not any(wanted):
+            continue
+        x, weight, sizes = setting(CONVOLUTIONS["2d"], device, torch.float32)
+        given = coefficients(6, device, torch.float32, ["shift"]) | {"lo": 0.0}
+        leaves = (x, weight, given["shift"])
+        for leaf, want in zip(leaves, wanted, strict=True):
+            leaf.requires_grad_(want)
+        ours(x, weight, sizes, given).sum().backward()
+        assert tuple(leaf.grad is not None for leaf in leaves) == wanted
+
+
+@every_device
+def test_a_learned_scale_of_zero_has_a_gradient(device: str) -> None:
+    x, weight, sizes = setting(CONVOLUTIONS["groups"], device, torch.float32)
+    scale = torch.tensor([0.0, 1.0, 0.0, -1.0, 0.5, 0.0], device=device, requires_grad=True)
+    leaves = (x, weight, scale)
+    given = {"scale": scale, "lo": -0.5, "hi": 2.0}
+    grads = [torch.autograd.grad(f(x, weight, sizes, given).square().sum(), leaves) for f in (ours, eager)]
+    torch.testing.assert_close(*grads)
+
+
+@every_device
+def test_a_second_derivative_is_refused_in_words(device: str) -> None:
+    x, weight, sizes = setting(CONVOLUTIONS["2d"], device, torch.float32)
+    y = ours(x, weight, sizes, {"lo": 0.0, "hi": 1.0})
+    with pytest.raises(RuntimeError, match="no second derivative, and create_graph=True asks for one"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_a_learned_bound_beside_another_is_refused() -> None:
+    x, weight, sizes = setting(CONVOLUTIONS["2d"], "cpu", torch.float32)
+    given = coefficients(6, "cpu", torch.float32, ["lo", "hi"])
+    with pytest.raises(ValueError, match="lo and hi are both given"):
+        ours(x, weight, sizes, given)
+
+
+@every_device
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck(channels_last: bool, device: str) -> None:
+    for name in ("1d", "2d", "groups"):
+        x, weight, sizes = setting(CONVOLUTIONS[name], device, torch.float32, channels_last)
+        values = coefficients(CONVOLUTIONS[name][1], device, torch.float32)
+        for kwargs in (
+            {"lo_number": 0.0, "lo_open": True},
+            {
+                "scale": values["scale"],
+                "shift": values["shift"],
+                "lo_number": 0.0,
+                "hi_number": 1.0,
+                "passes_nan": False,
+            },
+            {"shift": values["shift"], "lo": values["lo"]},
+            {"shift": values["shift"]},
+        ):
+            torch.library.opcheck(torch.ops.fused_post.conv_transpose_training.default, (x, weight, *sizes), kwargs)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_gpu_gets_one_kernel_forward_and_one_backward(channels_last: bool, fused: bool) -> None:
+    """Beside PyTorch's convolutions, at the seed's shape. Nothing is launched."""
+
+    def step() -> None:
+        x, weight = torch.empty(128, 64, 128, 128, device="cuda"), torch.empty(64, 64, 3, 3, device="cuda")
+        x = x.to(memory_format=torch.channels_last) if channels_last else x
+        coefficients = (None, torch.empty(64, device="cuda"), None, None, 1.0, 0.0, 0.0, 0.5)
+        inputs = (x, weight, [2], [1], [1], [1], 1, *coefficients)
+        flags = (False, False, False, fused, channels_last, True)
+        y, bits = kernels.conv_transpose_training._init_fn(*inputs, *flags)
+        assert bits.shape == (y.numel() // 8,)
+        ctx = SimpleNamespace(needs_input_grad=[True, True, *[False] * 6, True])
+        ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
+        kernels._save(ctx, (*inputs, *flags), (y, bits))
+        gradients = [gradient for gradient in kernels._backward(ctx, y, None) if gradient is not None]
+        assert [gradient.shape for gradient in gradients] == [x.shape, weight.shape, (64,)]
+
+    launches = []
+
+    def recorded(module: Any, run: Any) -> Any:
+        return lambda: launches.extend(record_launches(module, run))
+
+    with FakeTensorMode(), torch.no_grad():
+        recorded(epilogue_backward, recorded(epilogue, recorded(conv_transpose, step)))()
+    names = [launch.kernel.fn.__name__ for launch in launches]
+    assert names == ["_conv_transpose_kernel" if fused else "_flat_kernel", "_backward_kernel"]
+
+
+X, W = torch.zeros(2, 4, 5, 3), torch.zeros(4, 6, 3, 3)
+MISTAKES = [
+    ((X[0], W), {}, ValueError, "x has rank 3|weight has shape"),
+    ((X.int(), W), {}, TypeError, "x has dtype torch.int32; allowed are .*torch.float64"),
+    ((X, W.half()), {}, TypeError, "weight has dtype torch.float16"),
+    ((X, W), {"shift": torch.zeros(4)}, ValueError, r"shift has shape \(4,\); allowed is \[C\] = \(6,\)"),
+    ((X, W), {"scale": torch.zeros(6).double()}, TypeError, "scale has dtype torch.float64"),
+    ((X.double(), W.double()), {"scale": torch.zeros(6)}, TypeError, "scale has dtype torch.float32"),
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "message"), MISTAKES, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_mistakes_are_named(args: tuple[Any, ...], kwargs: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        kernels.conv_transpose_training(*args, [2], [1], [1], [1], 1, **kwargs)
