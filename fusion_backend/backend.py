@@ -60,7 +60,7 @@ class Fused:
 
     @property
     def has_kernels(self) -> bool:
-        return any(decision.kernel not in (None, "inductor") for decision in self.plan)
+        return any(decision.choice is not None and decision.choice.uses_operator for decision in self.plan)
 
     def undo(self) -> None:
         for module, graph in self.originals.items():
@@ -88,8 +88,12 @@ def fuse(gm: fx.GraphModule, options: opt.Options) -> Fused:
 
 def _rewrite(decision: Decision) -> bool:
     """Put the kernel in; say whether anything changed. The site is read anew: one before it may hold its operands."""
-    site = match(decision.node)
-    return isinstance(site, Site) and _IMPLEMENTATIONS[decision.kernel or "inductor"](site)
+    site, choice = match(decision.node), decision.choice
+    if not isinstance(site, Site) or choice is None:
+        return False
+    if choice.training:
+        return rewrite.use_training(site, fused=choice.kernel == "fused")
+    return _IMPLEMENTATIONS[choice.kernel or "inductor"](site)
 
 
 # How each kernel is put into a graph.

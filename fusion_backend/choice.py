@@ -7,43 +7,75 @@ not been timed. So ``auto`` leaves every site to Inductor, with the tail folded.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 from fusion_backend.kernels.support import why_unsupported
+from fusion_backend.patterns.coefficient import is_infinite
+from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
-from fusion_backend.patterns.source import is_tensor, value_of
 
 
 @dataclass(frozen=True)
 class Choice:
-    """``kernel`` is "fused", "epilogue", "inductor", or None where the site stays as the user wrote it."""
+    """``kernel`` is "fused", "epilogue", "inductor", or None where the site stays as the user wrote it.
+
+    ``training``: by ``fused_post::conv_transpose_training``, which keeps one bit an element for the backward.
+    """
 
     kernel: str | None
     why: str
+    training: bool = False
+
+    @property
+    def uses_operator(self) -> bool:
+        """Whether an operator of ours comes into the graph."""
+        return self.training or self.kernel not in (None, "inductor")
 
 
 def choose(site: Site, requested: str, functions: frozenset[str] = frozenset()) -> Choice:
     """``requested`` is the user's ``fused_post.kernel``; ``functions`` are the names that the whole graph calls."""
-    if _needs_gradient(site) or "_make_dual" in functions:
-        return Choice(None, "a gradient flows through it, and folding would change gradients at the bounds")
-    if requested == "inductor":
-        return _inductor(site, "asked for")
-    if requested == "auto":
-        return _inductor(site, "no kernel here is measured to be faster than Inductor's own")
-    problem = why_no_kernel(site)
-    if not problem and "_vmap_increment_nesting" in functions:
-        problem = "it has no batching rule for torch.vmap"
-    if not problem and requested == "fused" and site.convolution.weight is None:
+    if "_make_dual" in functions:
+        return Choice(None, "a forward-mode tangent flows through it, and folding would change it at the bounds")
+    trains = site.gate is not None
+    transform = next((name for name in _TRANSFORMS if name in functions), None)
+    problem = f"it has no rule for {_TRANSFORMS[transform]}" if transform else None
+    saves = trains and not problem and not why_no_bits(site) and site.convolution.value.device.type == "cpu"
+    if requested in ("auto", "inductor"):
+        why = "asked for" if requested == "inductor" else "no kernel here is measured to be faster than Inductor's own"
+        return _inductor(site, why, saves)
+    problem = problem or why_no_kernel(site)
+    if not problem and (requested == "fused" or trains) and site.convolution.weight is None:
         problem = "the convolution is a module call, which keeps its weight to itself"
     if problem:
-        return _inductor(site, f"the {requested} kernel cannot run: {problem}")
-    return Choice(requested, "asked for")
+        return _inductor(site, f"the {requested} kernel cannot run: {problem}", saves)
+    return Choice(requested, "asked for", training=trains)
 
 
-def _inductor(site: Site, why: str) -> Choice:
+# Which of Dynamo's calls begin a transform that our operators have no rule for.
+_TRANSFORMS = {"_vmap_increment_nesting": "torch.vmap", "_grad_increment_nesting": "torch.func.grad"}
+
+
+def _inductor(site: Site, why: str, saves_bits: bool) -> Choice:
+    if saves_bits:
+        return Choice("inductor", f"{why}; folded, and one bit an element kept for the backward", training=True)
     before, after = len(site.tail), site.form.operations
-    tail = f"{before} operations folded into {after}" if site.is_shorter_folded else "the tail as written"
-    return Choice("inductor", f"{why}; {tail}")
+    folded = f"{before} operations folded into {after}" if site.is_shorter_folded else "the tail as written"
+    return Choice("inductor", f"{why}; {folded}")
+
+
+def why_no_bits(site: Site) -> str | None:
+    """Why the backward of the site needs no bits, or cannot keep them; None where it can."""
+    convolution, form = site.convolution, site.form
+    if convolution.weight is None:
+        return "the convolution is a module call, which keeps its weight to itself"
+    if convolution.channel_dim != 1:
+        return "the convolution has no batch dimension"
+    if is_infinite(form.lo) and is_infinite(form.hi):
+        return "the tail has no bounds"
+    if form.lo == 0.0 and is_infinite(form.hi) and site.gate == Gate(lo_open=True):
+        return "its result, which the next operation keeps, tells where the gradient of a relu passes"
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 def why_no_kernel(site: Site) -> str | None:
@@ -57,8 +89,3 @@ def why_no_kernel(site: Site) -> str | None:
     if not isinstance(value.shape[1], int):
         return "the number of channels varies between calls"
     return why_unsupported(device, value.dtype)
-
-
-def _needs_gradient(site: Site) -> bool:
-    values = [value_of(node) for node in (site.convolution.node, *site.tail)]
-    return any(is_tensor(value) and value.requires_grad for value in values)

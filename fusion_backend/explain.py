@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from fusion_backend import options as opt
 from fusion_backend.backend import fused_post
 from fusion_backend.plan import make_plan
 from fusion_backend.report import Report, SiteReport, describe
+
+_NUMBERS = itertools.count()
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -66,9 +69,14 @@ def _unwrap(model: Callable[..., Any]) -> tuple[Callable[..., Any], opt.Options,
 
 
 def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` inside a code object of its own: Dynamo caches by code object, and leaves the user's alone."""
+    """``function`` inside a code object of its own: Dynamo caches by code object, and leaves the user's alone.
+
+    Each has a name of its own, since Dynamo also remembers by name which sizes have varied.
+    """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    return types.FunctionType(run.__code__.replace(co_name="explained"), run.__globals__, closure=run.__closure__)
+    return types.FunctionType(
+        run.__code__.replace(co_name=f"explained_{next(_NUMBERS)}"), run.__globals__, closure=run.__closure__
+    )

@@ -6,17 +6,22 @@ reads, and dead-code elimination would take them for dead.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.proxy import GraphAppendingTracer
 
 from fusion_backend.patterns import coefficient as co
+from fusion_backend.patterns.algebra import NormalForm
 from fusion_backend.patterns.coefficient import Coefficient, Leaf
+from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import is_tensor, value_of
 
@@ -49,18 +54,38 @@ def use_fused(site: Site) -> bool:
     """Replace convolution, bias and tail by the operator ``fused_post::conv_transpose``."""
     from fusion_backend.kernels import conv_transpose  # noqa: F401  the import registers the operator, and needs triton
 
-    convolution, readers = site.convolution, _readers(site)
-    node, value = convolution.node, convolution.value
-    assert convolution.weight is not None
+    readers = _readers(site)
     with _inserting(site):
-        sizes = (convolution.stride, convolution.padding, convolution.output_padding, convolution.dilation)
-        inputs = (_as(value.dtype, convolution.x), _as(value.dtype, convolution.weight))
-        layout = (_is_channels_last(value), torch.backends.cudnn.allow_tf32)
-        arguments = (*inputs, *(list(size or ()) for size in sizes), convolution.groups, *_coefficients(site), *layout)
-        y = node.graph.call_function(torch.ops.fused_post.conv_transpose.default, arguments)
+        y = _call(site, torch.ops.fused_post.conv_transpose.default, *_layout(site))
     _replace(site, readers, y)
-    node.graph.erase_node(node)
+    site.convolution.node.graph.erase_node(site.convolution.node)
     return True
+
+
+def use_training(site: Site, fused: bool) -> bool:
+    """Replace convolution, bias and tail by ``fused_post::conv_transpose_training``, which has gradients."""
+    from fusion_backend.kernels import conv_transpose_training  # noqa: F401  as above
+
+    gate, readers = site.gate, _readers(site)
+    assert gate is not None
+    with _inserting(site):
+        flags = (gate.lo_open, gate.hi_open, gate.passes_nan, fused)
+        both = _call(site, torch.ops.fused_post.conv_transpose_training.default, *flags, *_layout(site))
+        y = both.graph.call_function(operator.getitem, (both, 0))
+    _replace(site, readers, y)
+    site.convolution.node.graph.erase_node(site.convolution.node)
+    return True
+
+
+def _call(site: Site, target: Any, *flags: Any) -> fx.Node:
+    """A call of an operator that takes a transposed convolution and a normal form, and ``flags`` behind them."""
+    convolution = site.convolution
+    dtype, graph = convolution.value.dtype, convolution.node.graph
+    assert convolution.weight is not None
+    inputs = (_as(dtype, convolution.x), _as(dtype, convolution.weight))
+    sizes = (convolution.stride, convolution.padding, convolution.output_padding, convolution.dilation)
+    arguments = (*inputs, *(list(size or ()) for size in sizes), convolution.groups, *_coefficients(site), *flags)
+    return graph.call_function(target, arguments)
 
 
 _IDENTITY = (1.0, 0.0, -math.inf, math.inf)
@@ -74,7 +99,7 @@ def _inserting(site: Site) -> Any:
 def _coefficients(site: Site) -> tuple[fx.Node | float | None, ...]:
     """The normal form, bias included, as our operators take it: four vectors or None, and four numbers."""
     coefficients = site.biased.coefficients
-    leaf = _leaf_reader(site, GraphAppendingTracer(site.last.graph))
+    leaf = _leaf_reader(site, GraphAppendingTracer(site.last.graph), site.biased)
     known: dict[int, Any] = {}
     channels = site.convolution.value.shape[1]
 
@@ -95,12 +120,13 @@ def _as(dtype: torch.dtype, node: fx.Node) -> fx.Node:
     return node if known is None or known.dtype == dtype else node.graph.call_method("to", (node, dtype))
 
 
-def _is_channels_last(value: Any) -> bool | None:
-    """The memory format that eager's convolution gives; None, for that of the input, where strides are not recorded."""
+def _layout(site: Site) -> tuple[bool | None, bool]:
+    """``channels_last``, as eager's convolution has it (None, as the input has it, where strides are not recorded), and
+    ``allow_tf32``, as the user has it."""
+    value = site.convolution.value
     stride = getattr(value, "stride", None)
-    if not callable(stride):
-        return None
-    return value.shape[1] != 1 and bool(statically_known_true(stride(1) == 1))
+    is_last = value.shape[1] != 1 and bool(statically_known_true(stride(1) == 1)) if callable(stride) else None
+    return is_last, torch.backends.cudnn.allow_tf32
 
 
 def _folded(site: Site) -> fx.Proxy:
@@ -111,7 +137,7 @@ def _folded(site: Site) -> fx.Proxy:
     compute = _compute_dtype(value.dtype)
     cast = compute != value.dtype
     spatial = (1,) * site.convolution.rank
-    leaf = _leaf_reader(site, tracer)
+    leaf = _leaf_reader(site, tracer, form)
     known: dict[int, Any] = {}
 
     def broadcast(c: Coefficient) -> Any:
@@ -124,25 +150,53 @@ def _folded(site: Site) -> fx.Proxy:
         y = torch.mul(y, broadcast(form.scale))
     if form.shift != 0.0:
         y = torch.add(y, broadcast(form.shift))
-    y = _clamped(y, broadcast(form.lo), broadcast(form.hi))
+    y = _clamped(y, broadcast(form.lo), broadcast(form.hi), site.gate)
     return y.to(value.dtype) if cast else y
 
 
-def _clamped(y: Any, lo: Any, hi: Any) -> Any:
-    if isinstance(lo, float) and isinstance(hi, float):
-        bounds = {name: bound for name, bound in (("min", lo), ("max", hi)) if not math.isinf(bound)}
-        return torch.clamp(y, **bounds) if bounds else y  # type: ignore[call-overload]
-    if not co.is_infinite(lo):
-        y = co.OPERATIONS["maximum"](y, lo)
-    return y if co.is_infinite(hi) else co.OPERATIONS["minimum"](y, hi)
+def _clamped(z: Any, lo: Any, hi: Any, gate: Gate | None) -> Any:
+    """min(max(z, lo), hi) by operations whose gradient at the bounds is the gate's; None: no gradient is asked for."""
+    bounds = {name: bound for name, bound in (("min", lo), ("max", hi)) if not co.is_infinite(bound)}
+    if not bounds:
+        return z
+    numbers = all(isinstance(bound, float) for bound in bounds.values())
+    if gate is None and not numbers:
+        for name, bound in bounds.items():
+            z = co.OPERATIONS["maximum" if name == "min" else "minimum"](z, bound)
+        return z
+    opens = {name: gate is not None and getattr(gate, end) for name, end in (("min", "lo_open"), ("max", "hi_open"))}
+    if gate == Gate(lo_open=True) and bounds == {"min": 0.0}:
+        return F.relu(z)
+    if gate == Gate(lo_open=True, hi_open=True) and numbers:
+        return F.hardtanh(z, lo, hi)
+
+    def clamped(z: Any) -> Any:
+        for name, bound in bounds.items():  # a number and a tensor do not go into one call
+            z = torch.clamp(z, **{name: bound})
+        return z
+
+    if gate is None or (not gate.passes_nan and not any(opens[name] for name in bounds)):
+        return torch.clamp(z, **bounds) if numbers else clamped(z)
+    passes = [
+        compare(z, bounds[name])
+        for name, compare in (
+            ("min", torch.gt if opens["min"] else torch.ge),
+            ("max", torch.lt if opens["max"] else torch.le),
+        )
+        if name in bounds
+    ]
+    passing = functools.reduce(torch.logical_and, passes)
+    if gate.passes_nan:
+        passing = torch.logical_or(passing, torch.isnan(z))
+    return torch.where(passing, z, clamped(z.detach()))
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _leaf_reader(site: Site, tracer: GraphAppendingTracer) -> Callable[[Leaf], fx.Proxy]:
-    """Reads a leaf as a proxy of shape [C] or [], in the compute dtype; each leaf once."""
+def _leaf_reader(site: Site, tracer: GraphAppendingTracer, form: NormalForm) -> Callable[[Leaf], fx.Proxy]:
+    """Reads a leaf of ``form`` as a proxy of shape [C] or [], in the compute dtype; each leaf once."""
     value = site.convolution.value
     dtype, device = _compute_dtype(value.dtype), getattr(value, "device", None)
     read: dict[fx.Node, fx.Proxy] = {}
@@ -164,6 +218,17 @@ def _leaf_reader(site: Site, tracer: GraphAppendingTracer) -> Callable[[Leaf], f
             read[leaf.value] = proxy.to(dtype)
         return read[leaf.value]
 
+    learned = {each.value: each for each in co.leaves(*form.coefficients) if each.learned}
+    if site.gate is not None and len(learned) > 1:
+        # Two biases have one gradient. AOTAutograd returns it as two views of one memory, and autograd, which takes
+        # both for its own, would accumulate into it twice. Behind a concatenation each has a part of its own.
+        lengths = [value.shape[site.convolution.channel_dim] if each.per_channel else 1 for each in learned.values()]
+        together: Any = torch.cat([leaf(each).reshape(-1) for each in learned.values()])  # type: ignore[misc]
+        begin = 0
+        for each, length in zip(learned.values(), lengths, strict=True):
+            part = together.narrow(0, begin, length)
+            read[each.value] = part if each.per_channel else part.reshape(())
+            begin += length
     return leaf
 
 

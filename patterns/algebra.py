@@ -53,10 +53,11 @@ class Scale:
 
 @dataclass(frozen=True)
 class Clamp:
-    """min(max(x, lo), hi)."""
+    """min(max(x, lo), hi). On a bound it ``"passes"``, ``"blocks"`` or ``"halves"`` the gradient (see ``gradient``)."""
 
     lo: Coefficient
     hi: Coefficient
+    gradient: str = "passes"
 
 
 Step = Shift | Scale | Clamp

@@ -64,6 +64,8 @@ def _is_pure_function(node: fx.Node) -> bool:
         return False
     if getattr(operator, name, None) is target or target is getattr:
         return target not in _WRITING_OPERATORS
+    if name.startswith("sym_"):
+        return target is getattr(torch, name, None)  # arithmetic on sizes
     if isinstance(target, types.BuiltinFunctionType):
         return target in (getattr(torch, name, None), getattr(torch._C._nn, name, None))
     return target is getattr(F, name, None) and not _in_place(node, target)

@@ -17,11 +17,15 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
-    """A value known at run time; ``label`` is what a report prints, with [c] where it is one value per channel."""
+    """A value known at run time; ``label`` is what a report prints, with [c] where it is one value per channel.
+
+    ``learned``: a gradient with respect to it is asked for.
+    """
 
     value: Any
     label: str
     per_channel: bool
+    learned: bool = False
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -18,7 +18,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusion_backend.patterns.coefficient import Coefficient, Leaf
-from fusion_backend.patterns.source import is_tensor, value_of
+from fusion_backend.patterns.source import is_tensor, needs_gradient, value_of
 
 _DYNAMO_NAME = re.compile(r"^[lLgG]_")
 _DYNAMO_SCOPE = re.compile(r"^[lLgG]_\w*?_(?=(?:modules|parameters|buffers)_)")
@@ -45,7 +45,8 @@ def read_operand(operand: Any, value: Any, channel_dim: int) -> Coefficient | st
         return shape
     if _is_constant(operand):
         return float(torch.tensor(operand.args[0], dtype=known.dtype).item())
-    return Leaf(operand, label(operand), per_channel=not all(statically_known_true(n == 1) for n in known.shape))
+    per_channel = not all(statically_known_true(n == 1) for n in known.shape)
+    return Leaf(operand, label(operand), per_channel, learned=needs_gradient(known))
 
 
 def label(node: fx.Node) -> str:

@@ -16,13 +16,14 @@ from typing import Any
 
 from torch import fx
 
-from fusion_backend.patterns import algebra
+from fusion_backend.patterns import algebra, gradient
 from fusion_backend.patterns import coefficient as co
 from fusion_backend.patterns.algebra import Clamp, NormalForm, Refusal, Scale, Shift, Step
 from fusion_backend.patterns.barrier import is_barrier
 from fusion_backend.patterns.convolution import Convolution, read_convolution
+from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.operand import label, read_operand
-from fusion_backend.patterns.source import Miss, is_tensor, same_shape, value_of
+from fusion_backend.patterns.source import Miss, is_tensor, needs_gradient, same_shape, value_of
 from fusion_backend.patterns.vocabulary import Call, read_call, word
 
 
@@ -36,6 +37,7 @@ class Site:
     ``steps``   what the tail does, one entry an affine or clamp step
     ``form``    the normal form of ``steps``: from the convolution's value, bias included, to the tail's
     ``biased``  the same from the convolution's value without its bias; equal to ``form`` where it has none
+    ``gate``    where the gradient passes; None where no gradient flows through the site
     ``end``     why the tail goes no further
     """
 
@@ -45,6 +47,7 @@ class Site:
     steps: tuple[Step, ...]
     form: NormalForm
     biased: NormalForm
+    gate: Gate | None
     end: Miss
 
     @property
@@ -98,7 +101,8 @@ def match(node: fx.Node) -> Site | Miss:
     form, biased = algebra.fold(walk.steps), algebra.fold([*(bias or ()), *walk.steps])
     if isinstance(form, Refusal) or isinstance(biased, Refusal):
         raise AssertionError(f"{walk.steps} were folded one by one, but not together")
-    return Site(convolution, tuple(walk.tail), tuple(walk.names), tuple(walk.steps), form, biased, end)
+    gate = walk.gate if walk.trains else None
+    return Site(convolution, tuple(walk.tail), tuple(walk.names), tuple(walk.steps), form, biased, gate, end)
 
 
 class _Walk:
@@ -110,6 +114,8 @@ class _Walk:
         self.steps: list[Step] = []
         self.names: list[fx.Node] = [convolution.node]
         self.form = NormalForm()
+        self.gate = Gate()
+        self.trains = needs_gradient(convolution.value)
 
     def down(self) -> Miss:
         order = {node: i for i, node in enumerate(self.convolution.node.graph.nodes)}
@@ -135,11 +141,11 @@ class _Walk:
         steps = self._read(user, call)
         if isinstance(steps, Miss):
             return steps
-        for step in steps:
-            form = algebra.apply(self.form, step)
-            if isinstance(form, Refusal):
-                return Miss(form.reason, user, word(user))
-            self.form = form
+        trains = self.trains or needs_gradient(value_of(user))
+        folded = _fold(self.form, self.gate, steps, trains)
+        if isinstance(folded, Refusal):
+            return Miss(folded.reason, user, word(user))
+        self.form, self.gate, self.trains = *folded, trains
         self.tail.append(user)
         self.steps.extend(steps)
         self.names = [*self.names, user] if writes else [user]
@@ -159,6 +165,19 @@ class _Walk:
         if not is_tensor(after) or after.dtype != before.dtype or not same_shape(after.shape, before.shape):
             return Miss("its result differs from the convolution's in shape or dtype", user, word(user))
         return steps
+
+
+def _fold(form: NormalForm, gate: Gate, steps: list[Step], trains: bool) -> tuple[NormalForm, Gate] | Refusal:
+    """The normal form and the gate with ``steps`` behind them. The gate is kept where a gradient flows."""
+    for step in steps:
+        gated = gradient.apply(gate, form, step) if trains else gate
+        folded = algebra.apply(form, step)
+        if isinstance(gated, Refusal):
+            return gated
+        if isinstance(folded, Refusal):
+            return folded
+        form, gate = folded, gated
+    return form, gate
 
 
 def read_steps(call: Call, names: list[fx.Node], convolution: Convolution) -> list[Step] | str:
@@ -224,10 +243,11 @@ def _clamp(call: Call, operand: Callable[..., co.Coefficient | str], beside: str
     name = call.operation
     lo: co.Coefficient | str
     hi: co.Coefficient | str
+    at_bound = {"minimum": "halves", "maximum": "halves", "hardtanh": "blocks"}.get(name, "passes")
     if name == "relu":
-        return [Clamp(0.0, math.inf)]
+        return [Clamp(0.0, math.inf, "blocks")]
     if name == "relu6":
-        return [Clamp(0.0, 6.0)]
+        return [Clamp(0.0, 6.0, "blocks")]
     if name == "minimum" or name == "maximum":
         if not isinstance(call.arguments[beside], fx.Node):
             return "a reduction, not a clamp"
@@ -240,7 +260,7 @@ def _clamp(call: Call, operand: Callable[..., co.Coefficient | str], beside: str
         return lo
     if isinstance(hi, str):
         return hi
-    return [Clamp(lo, hi)]
+    return [Clamp(lo, hi, at_bound)]
 
 
 def _bias(convolution: Convolution) -> list[Step] | None:
@@ -248,7 +268,7 @@ def _bias(convolution: Convolution) -> list[Step] | None:
     bias = convolution.bias
     if bias is None:
         return None
-    return [Shift(co.Leaf(bias, label(bias), per_channel=True))]
+    return [Shift(co.Leaf(bias, label(bias), per_channel=True, learned=needs_gradient(value_of(bias))))]
 
 
 def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:

@@ -63,6 +63,11 @@ def is_tensor(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
+def needs_gradient(value: Any) -> bool:
+    """Whether a gradient flows back through ``value``, as far as tracing recorded it."""
+    return bool(getattr(value, "requires_grad", False))
+
+
 def same_shape(x: Sequence[Any], y: Sequence[Any]) -> bool:
     """Whether two shapes are equal in every call, symbolic sizes included, without adding a guard."""
     return len(x) == len(y) and all(statically_known_true(a == b) for a, b in zip(x, y, strict=True))

@@ -151,3 +151,9 @@ def test_explaining_changes_no_parameter_and_returns_no_gradient() -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_explaining_one_model_leaves_nothing_behind_for_the_next() -> None:
+    for size in (5, 7, 9):
+        (site,) = explain(torch.nn.ConvTranspose2d(4, 4, 2, 2), torch.randn(1, 4, size, size)).sites
+        assert f"output 1x4x{2 * size}x{2 * size}" in site.convolution

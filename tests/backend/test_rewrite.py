@@ -9,7 +9,7 @@ import torch
 from dialects import DIALECTS, call, dynamo
 from torch import Tensor, fx, nn
 
-from fusion_backend import backend, choice, fused_post, rewrite
+from fusion_backend import backend, choice, explain, fused_post, rewrite
 from fusion_backend.options import Options
 from fusion_backend.patterns.site import Site, find_sites
 
@@ -146,6 +146,37 @@ def test_the_fused_operator_takes_convolution_bias_and_tail() -> None:
     assert (scale, lo, hi) == (None, None, None) and isinstance(shift, fx.Node)
     assert (a, b, low, high) == (1.0, 0.0, 0.0, 0.5) and channels_last is False
     assert all(node.op == "placeholder" for node in (x, weight))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_operator_for_training_takes_convolution_bias_and_tail(fused: bool) -> None:
+    gm = dynamo(Model(lambda m, y: torch.relu(y + m.b).clamp(max=1) * 0.5), torch.randn(2, 4, 5, 7))
+    assert targets(gm) == ["conv_transpose2d", "add", "relu", "clamp", "mul"]
+    (site,) = find_sites(gm)
+    rewrite.use_training(site, fused)
+    gm.graph.lint()
+    gm.recompile()
+    arithmetic = ["reshape", "to", "reshape", "to", "mul", "mul", "add", "contiguous"]
+    assert sorted(targets(gm)) == sorted([*arithmetic, "conv_transpose_training.default", "getitem"])
+    (made,) = [node for node in gm.graph.nodes if "conv_transpose_training" in str(node.target)]
+    _, _, *sizes, groups, scale, shift, lo, hi, a, b, low, high = made.args[:15]
+    *gate, by_us, last, _ = made.args[15:]
+    assert sizes == [[2, 2], [1, 1], [1, 1], [1, 1]] and groups == 1
+    assert (scale, lo, hi) == (None, None, None) and isinstance(shift, fx.Node)
+    assert (a, b, low, high) == (0.5, 0.0, 0.0, 0.5)
+    assert gate == [True, False, False]
+    assert (by_us, last) == (fused, False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_that_is_asked_for_trains(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
+    model, x = Model(seed), torch.randn(2, 4, 5, 7)
+    options = {"fused_post.kernel": kernel, "fused_post.strict": True}
+    compiled = torch.compile(model, backend=fused_post, options=options)
+    assert explain(compiled, x).sites[0].kernel == kernel
+    gradients = [torch.autograd.grad(f(x).square().sum(), [model.up.weight, model.up.bias]) for f in (compiled, model)]
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

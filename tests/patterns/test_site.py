@@ -307,3 +307,17 @@ def test_sizes_that_vary_are_no_obstacle() -> None:
         for size in (4, 6, 9):
             x = torch.randn(size, 3, size, size + 1)
             torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_arithmetic_on_sizes_that_vary_does_not_end_a_tail() -> None:
+    model = Up(lambda m, y: ((y / (y.shape[-1] + y.shape[-2] + 1) + 1).relu() * 2).clamp(0, 1), bias=True)
+    lengths: list[int] = []
+
+    def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        lengths.extend(len(site.tail) for site in find_sites(gm))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=record, dynamic=True)(torch.randn(1, 3, 4, 5))
+    assert lengths == [5]
