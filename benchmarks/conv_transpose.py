@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from benchmarks.cases import CASES, Case
 from benchmarks.measure import TOLERANCE, environment, in_turn, summary
 from fusion_backend.kernels import conv_transpose as kernels
+from fusion_backend.kernels import row_march, strips
+from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.phases import Axis
 from fusion_backend.kernels.tiling import Config, Tiling, choose_tiling, tilings
@@ -53,6 +55,7 @@ class Row:
         self.weight = conv.weight.detach()
         axis = Axis(case.kernel, case.stride, case.padding, case.output_padding)
         self.problem = kernels.problem_for(self.x, self.weight, [axis] * case.rank, 1, last, True)
+        self.tensor_memory = strips.has_tensor_memory(self.x.device)
         self.out = empty(case.y, self.x, last)
         self.values = folded(case.tail, conv.bias.detach().float(), self.model.bias.detach().float().flatten())
 
@@ -70,6 +73,17 @@ class Row:
 
         return run
 
+    def march(self, config: strips.Config) -> Callable[[], Tensor]:
+        coefficients = kernels.coefficients_for(self.out, *split(self.values))
+        frozen = row_march.pack(self.weight, self.problem, config)
+        march = strips.march_for(self.problem, self.x.shape, config)
+
+        def run() -> Tensor:
+            row_march.launch(self.out, self.x, frozen, self.problem, march, coefficients)
+            return self.out
+
+        return run
+
     def convolution(self) -> Tensor:
         return self.plain_convolution(self.x, self.weight)
 
@@ -83,6 +97,8 @@ class Row:
         contenders: dict[str, Callable[[], Tensor]] = {}
         for tiling in tilings(self.problem) if configs == "all" else [chosen]:
             contenders[name_of(tiling.config)] = self.ours(tiling)
+        for config in strips.configs_for(self.problem, self.tensor_memory) if configs == "all" else ():
+            contenders[march_name(config)] = self.march(config)
         contenders["ours, packing"] = self.ours(chosen, packing=True)
         contenders["cudnn convolution alone"] = self.convolution
         contenders["eager"] = lambda: self.model(self.x)
@@ -105,7 +121,7 @@ class Row:
             exact = self.plain_convolution(self.x[images].double(), self.weight.double())
             if not alone:
                 values = (v.double() if isinstance(v, Tensor) else v for v in self.values)
-                exact = kernels.epilogue.reference(exact, *values)
+                exact = pointwise(exact, *values)
             error += (result[images].double() - exact).square().sum().item()
             size += exact.square().sum().item()
         return (error / size) ** 0.5
@@ -165,6 +181,10 @@ def name_of(config: Config) -> str:
     return f"{size}, {config.num_warps} warps, {config.num_stages} stages"
 
 
+def march_name(config: strips.Config) -> str:
+    return f"march {config.pixels}x{config.channels}, {config.num_warps} warps, {config.num_stages} stages"
+
+
 def is_ours(name: str) -> bool:
     return "warps" in name or name.startswith("ours")
 
@@ -211,7 +231,8 @@ def main() -> int:
         for last in (False, True)
     ]
     # The tracing wrapper costs a millisecond of Python a launch; Inductor's code does not go through it.
-    with mock.patch.object(kernels, "wrap_triton", lambda kernel: kernel), torch.no_grad():
+    launched = [mock.patch.object(module, "wrap_triton", lambda kernel: kernel) for module in (kernels, row_march)]
+    with launched[0], launched[1], torch.no_grad():
         for case, dtype, last in todo:
             if time.monotonic() - start > args.budget:
                 print(

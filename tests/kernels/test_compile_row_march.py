@@ -1,0 +1,196 @@
+"""Every configuration of the march, compiled for every GPU we support, and what came out."""
+
+import re
+from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton")
+
+import triton
+
+from fusion_backend.kernels import conv_transpose, row_march, strips
+from fusion_backend.kernels.coefficients import coefficients_for
+from fusion_backend.kernels.layout import empty
+from fusion_backend.kernels.strips import CONFIGS, Config, choose_march, configs_for, march_for, why_not
+from fusion_backend.kernels.tiling import Problem
+from tests.kernels.compiling import CHIPS, Compiled, Launch, compile_launch, record_launches
+from tests.kernels.convolutions import PUBLIC, Conv
+
+TENSOR_CORES = {
+    "sm_80": r"\bHMMA\.",
+    "sm_89": r"\bHMMA\.",
+    "sm_90": r"\bHGMMA\.",
+    "sm_100": r"\bUTC\w*MMA",
+    "sm_120": r"\bHMMA\.",
+    "gfx942": r"\bv_mfma_",
+}
+FEW = Conv((16, 32, 64, 64), 32, (4,), (2,), (1,))
+
+# Convolution, dtype, x channels_last, output channels_last: a configuration is compiled for the first that it fits.
+USES = (
+    (PUBLIC["seed"], torch.bfloat16, False, False),
+    (PUBLIC["unet_up2"], torch.bfloat16, True, False),
+    (PUBLIC["seed"], torch.float32, True, True),
+    (FEW, torch.float16, True, True),
+    (FEW, torch.bfloat16, False, True),
+    (PUBLIC["kb_small"], torch.float32, False, False),
+)
+
+
+def launch_of(
+    conv: Conv, dtype: torch.dtype, x_last: bool, out_last: bool, chip: str, config: Config | None = None
+) -> tuple[Launch, Problem] | None:
+    """The launch with a shift for each channel and two bounds, as on ``chip``; None where ``config`` does not fit."""
+    hip = "6.4" if CHIPS[chip].target.backend == "hip" else None
+    limit = CHIPS[chip].shared_limit
+    with (
+        FakeTensorMode(),
+        mock.patch.object(conv_transpose, "shared_memory_limit", return_value=limit),
+        mock.patch.object(torch.version, "hip", hip),
+    ):
+        like = torch.empty(0, dtype=dtype, device="cuda")
+        x, out = empty(conv.x, like, x_last), empty(conv.y, like, out_last)
+        kernel = conv.kernel * (conv.rank // len(conv.kernel))
+        weight = empty((conv.x[1], conv.C_out, *kernel), like, False)
+        problem = conv_transpose.problem_for(x, weight, conv.axes, conv.groups, out_last, True)
+        tensor_memory = chip == "sm_100"
+        if why_not(problem, tensor_memory) or (config and config not in configs_for(problem, tensor_memory)):
+            return None
+        march = march_for(problem, conv.x, config) if config else choose_march(problem, conv.x, tensor_memory)
+        shift = torch.empty(conv.C_out, device="cuda")
+        given = coefficients_for(out, (None, shift, None, None), (1.0, 0.0, 0.0, 0.5))
+        packed = row_march.pack(weight, problem, march.config)
+        (launch,) = record_launches(row_march, lambda: row_march.launch(out, x, packed, problem, march, given))
+    return launch, problem
+
+
+def config_of(launch: Launch) -> Config:
+    return next(
+        config
+        for config in CONFIGS
+        if (config.pixels, config.channels) == (launch.arguments["BLOCK_P"], launch.arguments["BLOCK_C"])
+        and config.num_warps == launch.options["num_warps"]
+        and config.num_stages == launch.arguments["STAGES"]
+    )
+
+
+def problems(compiled: Compiled, launch: Launch, problem: Problem, chip: str) -> Iterator[str]:
+    """What is wrong with a kernel for sizes that 16 divides."""
+    spills = compiled.spills
+    if chip == "gfx942":
+        # Scalar registers are spilled into lanes of vector registers, not into memory.
+        spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", compiled.assembly).group(1))
+    # The assembler of triton 3.6 puts 8 bytes on the stack of some kernels for sm_100, also with registers to spare.
+    if spills > (10 if chip == "sm_100" else 0):
+        yield f"{spills} spills, {compiled.registers} registers"
+    config = config_of(launch)
+    limit = strips.shared_memory(problem, config)
+    if chip == "sm_100":
+        # One more row of x may be in flight.
+        row = strips._shifts(problem) * launch.arguments["BLOCK_K"] * config.pixels
+        limit += row * problem.dtype.itemsize
+    if compiled.shared > min(limit, CHIPS[chip].shared_limit):
+        yield f"{compiled.shared} bytes of shared memory: {limit} are expected, {chip} has {CHIPS[chip].shared_limit}"
+    # AMD's compiler stores a tile of matrix cores as they hold it, four elements a thread.
+    narrowest = 64 if chip == "gfx942" else 128
+    if min(compiled.stores, default=0) < narrowest:
+        yield f"stores {dict(compiled.stores)}, not of at least {narrowest} bits"
+    if not re.search(TENSOR_CORES[chip], compiled.assembly):
+        yield "no tensor cores"
+    copies = re.findall(r"\bLDGSTS\.(\S+)", compiled.assembly)
+    if problem.x_last and chip != "gfx942" and not (copies and all("128" in each for each in copies)):
+        yield f"copies to shared memory {set(copies)}, not of 128 bits alone"
+
+
+def name_of(config: Config) -> str:
+    return f"{config.pixels}x{config.channels}-{config.num_warps}-{config.num_stages}"
+
+
+# sm_120 is to Triton what sm_89 is.
+@pytest.mark.parametrize("chip", [chip for chip in CHIPS if chip != "sm_120"])
+@pytest.mark.parametrize("config", CONFIGS, ids=name_of)
+def test_every_configuration(config: Config, chip: str) -> None:
+    found = next(filter(None, (launch_of(*use, chip, config) for use in USES)), None)
+    if found is None:
+        pytest.skip(f"{config} does not fit into {chip}")
+    assert not list(problems(compile_launch(found[0], CHIPS[chip]), *found, chip))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["seed", "unet_up2"])
+def test_what_the_public_cases_get(name: str, dtype: torch.dtype, last: bool, chip: str) -> None:
+    found = launch_of(PUBLIC[name], dtype, last, last, chip)
+    if found is None:
+        pytest.skip(f"the march does not take {name} in {dtype} on {chip}")
+    assert not list(problems(compile_launch(found[0], CHIPS[chip]), *found, chip))
+
+
+@pytest.mark.parametrize(
+    ("chip", "float32", "bfloat16"),
+    [
+        *((chip, "seed kb_small unet_up2", "seed kb_small unet_up2 kb100_3d") for chip in CHIPS if chip[:4] == "sm_8"),
+        ("sm_90", "seed kb_small unet_up2", "seed kb_small unet_up2 kb100_3d"),
+        ("sm_100", "", "seed kb_small unet_up2 kb100_3d"),
+        ("sm_120", "seed kb_small unet_up2", "seed kb_small unet_up2 kb100_3d"),
+        ("gfx942", "kb_small", "seed kb_small unet_up2 kb100_3d"),
+    ],
+)
+def test_which_public_cases_it_takes(chip: str, float32: str, bfloat16: str) -> None:
+    for dtype, names in ((torch.float32, float32), (torch.bfloat16, bfloat16)):
+        for last in (False, True):
+            taken = [name for name, conv in PUBLIC.items() if launch_of(conv, dtype, last, last, chip)]
+            assert taken == names.split()
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tensor_core_products_on_hopper_are_not_made_to_wait_for_each_other(dtype: torch.dtype, last: bool) -> None:
+    """ptxas makes them where accumulators do not stay in their registers, and says nothing."""
+    launch, _ = launch_of(PUBLIC["seed"], dtype, last, last, "sm_90")
+    assembly = compile_launch(launch, CHIPS["sm_90"]).assembly
+    products, waits = len(re.findall(r"\bHGMMA\.", assembly)), len(re.findall(r"\bWARPGROUP\.DEPBAR", assembly))
+    # Of the nine taps each has a product or more, and each of six accumulators may be waited for.
+    assert products >= 36 and waits <= 9
+
+
+def test_what_inductor_writes_out_again_compiles_to_the_same(tmp_path: Path) -> None:
+    """Inductor copies a kernel's source, and what that refers to, into a module of its own."""
+    wrapper = pytest.importorskip("torch._inductor.codegen.wrapper")
+    launch, _ = launch_of(PUBLIC["seed"], torch.float32, False, False, "sm_90")
+    source = wrapper.user_defined_triton_kernel_transitive_closure_source_code(launch.kernel)
+    path = tmp_path / "again.py"
+    path.write_text(f"import triton\nimport triton.language as tl\n\n@triton.jit\n{source}")
+    spec = spec_from_file_location("again", path)
+    again = module_from_spec(spec)
+    spec.loader.exec_module(again)
+    copy = Launch(getattr(again, launch.kernel.__name__), launch.grid, launch.arguments, launch.options)
+    ours, theirs = (compile_launch(each, CHIPS["sm_90"]) for each in (launch, copy))
+    assert theirs == ours
+
+
+@pytest.mark.parametrize("use", USES[:3], ids=str)
+def test_inductor_sees_that_only_the_output_is_written(use: tuple) -> None:
+    """Otherwise it would copy x, the weight and all coefficients first."""
+    wrapping = pytest.importorskip("torch._higher_order_ops.triton_kernel_wrap")
+    launch, _ = launch_of(*use, "sm_90")
+    kernel = wrapping.kernel_side_table.add_kernel(launch.kernel)
+    constants = wrapping.kernel_side_table.add_constant_args({})
+    driver = SimpleNamespace(get_current_target=lambda: CHIPS["sm_90"].target)
+    with mock.patch.object(triton.runtime, "driver", SimpleNamespace(active=driver)):
+        assert wrapping.get_mutated_tensors(kernel, constants, launch.arguments, {}) == ["out_ptr"]
+
+
+def test_what_inductor_hands_over_in_float64_compiles_to_the_same() -> None:
+    """Inductor passes Python floats as fp64; one multiply-add in fp64 would cost more than the product."""
+    launch, _ = launch_of(PUBLIC["seed"], torch.bfloat16, True, True, "sm_90")
+    assembly = compile_launch(launch, CHIPS["sm_90"], number="fp64").assembly
+    assert not re.search(r"\bD(ADD|MUL|FMA|SETP)\b", assembly)
