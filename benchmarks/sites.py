@@ -13,7 +13,7 @@ import copy
 import json
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -103,20 +103,29 @@ def show(row: dict[str, object]) -> None:
         if "ms" not in column:
             print(f"  {name:24}{column.get('raised', 'WRONG, not timed: error {:.1e}'.format(column.get('error', 0)))}")
             continue
-        print(f"  {name:24}{column['ms']:10.4f} ms  error {column['error']:.1e}  {column['speed']:.2f}x the best peer")
+        saved = f"  kept {column['saved_bytes'] / 2**20:.2f} MiB" if "saved_bytes" in column else ""
+        line = f"{column['ms']:10.4f} ms  error {column['error']:.1e}  {column['speed']:.2f}x the best peer{saved}"
+        print(f"  {name:24}{line}")
 
 
 def names(text: str) -> list[str]:
     return text.split(",")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=names, default=list(CASES), help=f"of {','.join(CASES)}")
+def sweep(
+    stem: str,
+    measure: Callable[..., dict[str, object]],
+    cases: Sequence[str],
+    description: str,
+    small: Callable[[Case], Case] = Case.small,
+) -> None:
+    """Read the command line, measure every case, dtype and memory format asked for, and write results/<stem>_*.json."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--cases", type=names, default=list(cases), help=f"of {','.join(CASES)}")
     parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"])
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row is begun")
     parser.add_argument("--cpu", action="store_true", help="on the CPU, with small shapes")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/sites_<device>.json")
+    parser.add_argument("--out", type=Path, help=f"default: benchmarks/results/{stem}_<device>.json")
     args = parser.parse_args()
     unknown = set(args.cases) - set(CASES)
     if unknown:
@@ -126,24 +135,27 @@ def main() -> None:
 
     device = "cpu" if args.cpu else "cuda"
     where = "cpu" if args.cpu else "-".join(torch.cuda.get_device_name().lower().replace("/", " ").split())
-    out = args.out or RESULTS / f"sites_{where}.json"
+    out = args.out or RESULTS / f"{stem}_{where}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
 
     start = time.monotonic()
     data = environment() | {"device": device, "rows": []}
     for name in args.cases:
-        case = CASES[name].small() if args.cpu else CASES[name]
+        case = small(CASES[name]) if args.cpu else CASES[name]
         for dtype in args.dtypes:
             for memory_format in case.memory_formats:
                 if time.monotonic() - start > args.budget:
                     print(f"\nthe budget of {args.budget:.0f} s is spent: {out} lacks what follows from {name} {dtype}")
                     return
-                with torch.no_grad():
-                    row = measure(case, device, getattr(torch, dtype), memory_format)
+                row = measure(case, device, getattr(torch, dtype), memory_format)
                 show(row)
                 data["rows"].append(row)
                 out.write_text(json.dumps(data, indent=1) + "\n")
     print(f"\n{out}")
+
+
+def main() -> None:
+    sweep("sites", torch.no_grad()(measure), list(CASES), __doc__)
 
 
 if __name__ == "__main__":
