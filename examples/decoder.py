@@ -1,7 +1,7 @@
 """A small U-Net style decoder, compiled by name, and what fused_post says about each of its transposed convolutions.
 
-Two of them have a longer tail; the others show how far a tail reaches, or why there is none: a BatchNorm, a
-concatenation, a second user, a tanh.
+Three of them have a longer tail, one with a BatchNorm in eval; the others show how far a tail reaches, or why there is
+none: a concatenation, a second user, a tanh.
 """
 
 from __future__ import annotations

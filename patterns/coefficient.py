@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,10 +30,14 @@ class Leaf:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Formula:
-    """``op`` of ``OPERATIONS`` applied to ``args``. Formulas share parts: walk them by identity, each part once."""
+    """``op`` of ``OPERATIONS`` applied to ``args``. Formulas share parts: walk them by identity, each part once.
+
+    ``label`` is what a report prints in place of the arithmetic.
+    """
 
     op: str
     args: tuple[Coefficient, ...]
+    label: str = ""
 
     def __repr__(self) -> str:
         return text(self)
@@ -82,6 +86,15 @@ def reciprocal(x: Coefficient) -> Coefficient:
     if isinstance(x, float):
         return math.inf if x == 0.0 else 1.0 / x
     return Formula("reciprocal", (x,))
+
+
+def rsqrt(x: Coefficient) -> Coefficient:
+    """1 / sqrt(x), of a value known only at run time."""
+    return Formula("rsqrt", (x,))
+
+
+def labelled(x: Coefficient, label: str) -> Coefficient:
+    return replace(x, label=label) if isinstance(x, Formula) else x
 
 
 def minimum(x: Coefficient, y: Coefficient) -> Coefficient:
@@ -137,6 +150,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "add": torch.add,
     "multiply": torch.mul,
     "reciprocal": torch.reciprocal,
+    "rsqrt": torch.rsqrt,
     "minimum": _pairwise_minimum,
     "maximum": _pairwise_maximum,
     "where_negative": lambda test, then, otherwise: torch.where(torch.lt(test, 0), then, otherwise),
@@ -192,6 +206,8 @@ def text(c: Coefficient) -> str:
         return f"{c:g}"
     if isinstance(c, Leaf):
         return c.label + ("[c]" if c.per_channel else "")
+    if c.label:
+        return c.label
     if len(formulas(c)) > LONGEST_TEXT:
         names = list(map(text, leaves(c)))
         return f"f({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
@@ -202,6 +218,8 @@ def text(c: Coefficient) -> str:
         return times(args[1], args[0]) if isinstance(c.args[1], float) else times(args[0], args[1])
     if c.op == "reciprocal":
         return f"1/({args[0]})" if " " in args[0] else f"1/{args[0]}"
+    if c.op == "rsqrt":
+        return f"rsqrt({args[0]})"
     if c.op == "minimum" or c.op == "maximum":
         return f"{c.op[:3]}({args[0]}, {args[1]})"
     if c.op == "where_zero":

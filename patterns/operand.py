@@ -49,6 +49,11 @@ def read_operand(operand: Any, value: Any, channel_dim: int) -> Coefficient | st
     return Leaf(operand, label(operand), per_channel, learned=needs_gradient(known))
 
 
+def read_vector(operand: fx.Node) -> Leaf:
+    """A bias, or a parameter or statistic of a normalisation: [C], whatever its floating dtype."""
+    return Leaf(operand, label(operand), per_channel=True, learned=needs_gradient(value_of(operand)))
+
+
 def label(node: fx.Node) -> str:
     """The user's name for ``node``: Dynamo's L_self_modules_up_parameters_bias_ is up.bias."""
     name = str(node.target) if node.op in ("placeholder", "get_attr") else node.name

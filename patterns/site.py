@@ -9,21 +9,19 @@ such as the gradient's, ends the tail before it: the rewrite moves the tail's op
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
 from fusion_backend.patterns import algebra, gradient
-from fusion_backend.patterns import coefficient as co
-from fusion_backend.patterns.algebra import Clamp, NormalForm, Refusal, Scale, Shift, Step
+from fusion_backend.patterns.algebra import NormalForm, Refusal, Shift, Step
 from fusion_backend.patterns.barrier import is_barrier
 from fusion_backend.patterns.convolution import Convolution, read_convolution
 from fusion_backend.patterns.gradient import Gate
-from fusion_backend.patterns.operand import label, read_operand
+from fusion_backend.patterns.operand import read_vector
 from fusion_backend.patterns.source import Miss, is_tensor, needs_gradient, same_shape, value_of
+from fusion_backend.patterns.steps import read_steps
 from fusion_backend.patterns.vocabulary import Call, read_call, word
 
 
@@ -180,95 +178,12 @@ def _fold(form: NormalForm, gate: Gate, steps: list[Step], trains: bool) -> tupl
     return form, gate
 
 
-def read_steps(call: Call, names: list[fx.Node], convolution: Convolution) -> list[Step] | str:
-    """What ``call`` does to the value that ``names`` name, as affine and clamp steps, or why it cannot be folded."""
-    arguments = call.arguments
-    places = [place for place, argument in arguments.items() if argument in names]
-    if len(places) != 1:
-        return "it combines the value with itself"
-    if arguments.get("rounding_mode") is not None:
-        return f"rounding_mode={arguments['rounding_mode']!r} is not affine"
-    place = places[0]
-
-    beside = "other" if place == "input" else "input"
-
-    def operand(name: str, default: co.Coefficient = math.nan) -> co.Coefficient | str:
-        if arguments.get(name) is None:
-            return default
-        return read_operand(arguments[name], convolution.value, convolution.channel_dim)
-
-    if call.operation in ("add", "sub", "rsub"):
-        return _affine(call.operation, place == "input", operand(beside), _alpha(arguments.get("alpha", 1)))
-    if call.operation == "neg":
-        return [Scale(-1.0)]
-    if call.operation == "mul":
-        factor = operand(beside)
-        return factor if isinstance(factor, str) else [Scale(factor)]
-    if place != "input" and call.operation not in ("minimum", "maximum"):
-        return "the value is the divisor" if call.operation == "div" else "the value is a bound"
-    if call.operation == "div":
-        return _division(operand("other"))
-    return _clamp(call, operand, beside)
-
-
-def _affine(operation: str, value_first: bool, other: co.Coefficient | str, alpha: float | str) -> list[Step] | str:
-    if isinstance(other, str):
-        return other
-    if isinstance(alpha, str):
-        return alpha
-    if operation == "rsub":  # rsub(input, other, alpha) = other - alpha*input
-        value_first = not value_first
-    sign = 1.0 if operation == "add" else -1.0
-    if value_first:
-        return [Shift(co.multiply(other, sign * alpha))]
-    factor = sign * alpha
-    return [Shift(other)] if factor == 1.0 else [Scale(factor), Shift(other)]
-
-
-def _alpha(alpha: Any) -> float | str:
-    if isinstance(alpha, fx.Node):
-        return "alpha is not a constant number"
-    return float(alpha) if isinstance(alpha, (bool, int, float)) else f"alpha={alpha!r} is not a real number"
-
-
-def _division(divisor: co.Coefficient | str) -> list[Step] | str:
-    if isinstance(divisor, str):
-        return divisor
-    if divisor == 0.0:
-        return "a division by zero"
-    return [Scale(co.reciprocal(divisor))]
-
-
-def _clamp(call: Call, operand: Callable[..., co.Coefficient | str], beside: str) -> list[Step] | str:
-    name = call.operation
-    lo: co.Coefficient | str
-    hi: co.Coefficient | str
-    at_bound = {"minimum": "halves", "maximum": "halves", "hardtanh": "blocks"}.get(name, "passes")
-    if name == "relu":
-        return [Clamp(0.0, math.inf, "blocks")]
-    if name == "relu6":
-        return [Clamp(0.0, 6.0, "blocks")]
-    if name == "minimum" or name == "maximum":
-        if not isinstance(call.arguments[beside], fx.Node):
-            return "a reduction, not a clamp"
-        lo, hi = (-math.inf, operand(beside)) if name == "minimum" else (operand(beside), math.inf)
-    elif name == "hardtanh":
-        lo, hi = operand("min_val", -1.0), operand("max_val", 1.0)
-    else:
-        lo, hi = operand("min", -math.inf), operand("max", math.inf)
-    if isinstance(lo, str):
-        return lo
-    if isinstance(hi, str):
-        return hi
-    return [Clamp(lo, hi, at_bound)]
-
-
 def _bias(convolution: Convolution) -> list[Step] | None:
     """The convolution's own bias [C_out] as a shift, or None where it has none that can be taken out."""
     bias = convolution.bias
     if bias is None:
         return None
-    return [Shift(co.Leaf(bias, label(bias), per_channel=True, learned=needs_gradient(value_of(bias))))]
+    return [Shift(read_vector(bias))]
 
 
 def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:

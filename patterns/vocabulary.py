@@ -31,6 +31,8 @@ class Operation:
     in_place_functions: tuple[Callable[..., Any], ...] = ()
 
 
+_STATISTICS = ("running_mean", "running_var", "training", "momentum", "eps")
+
 OPERATIONS = (
     Operation("add", ("input", "other", "alpha"), ("add",), 2, (operator.add,), (operator.iadd,)),
     Operation("sub", ("input", "other", "alpha"), ("sub", "subtract"), 2, (operator.sub,), (operator.isub,)),
@@ -49,6 +51,11 @@ OPERATIONS = (
     Operation("relu", ("input", "inplace"), ("relu",), 2, (F.relu,)),
     Operation("relu6", ("input", "inplace"), ("relu6",), 2, (F.relu6,)),
     Operation("hardtanh", ("input", "min_val", "max_val", "inplace"), ("hardtanh",), 4, (F.hardtanh,), (F.hardtanh_,)),
+    Operation("batch_norm", ("input", "weight", "bias", *_STATISTICS, "cudnn_enabled"), ("batch_norm",), 9),
+    Operation(
+        "batch_norm", ("input", "running_mean", "running_var", "weight", "bias", *_STATISTICS[2:]), (), 8,
+        (F.batch_norm,),
+    ),
 )  # fmt: skip
 
 
