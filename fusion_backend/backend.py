@@ -92,7 +92,8 @@ def _rewrite(decision: Decision) -> bool:
     if not isinstance(site, Site) or choice is None:
         return False
     if choice.training:
-        return rewrite.use_training(site, fused=choice.kernel == "fused")
+        # A GPU adds a convolution's bias in a pass of its own, a CPU does not.
+        return rewrite.use_training(site, fused=choice.kernel == "fused", leave_bias=choice.kernel == "inductor")
     return _IMPLEMENTATIONS[choice.kernel or "inductor"](site)
 
 

@@ -21,6 +21,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from fusion_backend.patterns import coefficient as co
 from fusion_backend.patterns.algebra import NormalForm
 from fusion_backend.patterns.coefficient import Coefficient, Leaf
+from fusion_backend.patterns.convolution import Convolution
 from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import is_tensor, value_of
@@ -43,7 +44,7 @@ def use_epilogue(site: Site) -> bool:
     node, readers = site.convolution.node, _readers(site)
     with _inserting(site):
         y = _without_bias(site) if site.convolution.bias is not None else node
-        node.graph.call_function(torch.ops.fused_post.epilogue_.default, (y, *_coefficients(site)))
+        node.graph.call_function(torch.ops.fused_post.epilogue_.default, (y, *_coefficients(site, site.biased)))
     _replace(site, readers, y)
     if y is not node:
         node.graph.erase_node(node)
@@ -62,30 +63,43 @@ def use_fused(site: Site) -> bool:
     return True
 
 
-def use_training(site: Site, fused: bool) -> bool:
-    """Replace convolution, bias and tail by ``fused_post::conv_transpose_training``, which has gradients."""
+def use_training(site: Site, fused: bool, leave_bias: bool) -> bool:
+    """Replace convolution, bias and tail by ``fused_post::conv_transpose_training``, which has gradients.
+
+    ``leave_bias``: PyTorch adds the convolution's bias, as in eager; else it becomes part of the tail's shift.
+    """
     from fusion_backend.kernels import conv_transpose_training  # noqa: F401  as above
 
     gate, readers = site.gate, _readers(site)
     assert gate is not None
     with _inserting(site):
-        flags = (gate.lo_open, gate.hi_open, gate.passes_nan, fused)
-        both = _call(site, torch.ops.fused_post.conv_transpose_training.default, *flags, *_layout(site))
+        flags = (gate.lo_open, gate.hi_open, gate.passes_nan, fused, *_layout(site))
+        both = _call(site, torch.ops.fused_post.conv_transpose_training.default, *flags, leave_bias=leave_bias)
         y = both.graph.call_function(operator.getitem, (both, 0))
     _replace(site, readers, y)
     site.convolution.node.graph.erase_node(site.convolution.node)
     return True
 
 
-def _call(site: Site, target: Any, *flags: Any) -> fx.Node:
-    """A call of an operator that takes a transposed convolution and a normal form, and ``flags`` behind them."""
+def _call(site: Site, target: Any, *flags: Any, leave_bias: bool | None = None) -> fx.Node:
+    """A call of an operator that takes a transposed convolution and a normal form, and ``flags`` behind them.
+
+    ``leave_bias`` is None for an operator without an argument for the convolution's bias.
+    """
     convolution = site.convolution
     dtype, graph = convolution.value.dtype, convolution.node.graph
     assert convolution.weight is not None
-    inputs = (_as(dtype, convolution.x), _as(dtype, convolution.weight))
-    sizes = (convolution.stride, convolution.padding, convolution.output_padding, convolution.dilation)
-    arguments = (*inputs, *(list(size or ()) for size in sizes), convolution.groups, *_coefficients(site), *flags)
-    return graph.call_function(target, arguments)
+    inputs: list[fx.Node | None] = [_as(dtype, convolution.x), _as(dtype, convolution.weight)]
+    left = convolution.bias if leave_bias else None
+    if leave_bias is not None:
+        inputs.append(None if left is None else _as(dtype, left))
+    sizes = [list(size or ()) for size in _sizes(convolution)]
+    coefficients = _coefficients(site, site.form if left is not None else site.biased)
+    return graph.call_function(target, (*inputs, *sizes, convolution.groups, *coefficients, *flags))
+
+
+def _sizes(convolution: Convolution) -> tuple[tuple[int, ...] | None, ...]:
+    return convolution.stride, convolution.padding, convolution.output_padding, convolution.dilation
 
 
 _IDENTITY = (1.0, 0.0, -math.inf, math.inf)
@@ -96,10 +110,10 @@ def _inserting(site: Site) -> Any:
     return site.last.graph.inserting_before(site.last if site.tail else site.last.next)
 
 
-def _coefficients(site: Site) -> tuple[fx.Node | float | None, ...]:
-    """The normal form, bias included, as our operators take it: four vectors or None, and four numbers."""
-    coefficients = site.biased.coefficients
-    leaf = _leaf_reader(site, GraphAppendingTracer(site.last.graph), site.biased)
+def _coefficients(site: Site, form: NormalForm) -> tuple[fx.Node | float | None, ...]:
+    """A normal form as our operators take it: four vectors or None, and four numbers."""
+    coefficients = form.coefficients
+    leaf = _leaf_reader(site, GraphAppendingTracer(site.last.graph), form)
     known: dict[int, Any] = {}
     channels = site.convolution.value.shape[1]
 

@@ -10,7 +10,8 @@ gradient of y:
     g_a        = sum of w * g_w / a   over the taps and inputs of a channel
 
 The last is <p * g, conv_transpose(x, w)>. That is linear in w, hence equal to <w, its own gradient>, and the
-convolution's value need not be kept. Where a is learned, g_w / a is computed, and a may be zero.
+convolution's value need not be kept. Where a is learned, g_w / a is computed, and a may be zero. A bias that is left to
+the convolution is one more weight, of an input that is one everywhere.
 """
 
 import math
@@ -39,6 +40,7 @@ from fusion_backend.kernels.support import DTYPES
 def _forward(
     x: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     sizes: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]],
     groups: int,
     tensors: Tensors,
@@ -51,13 +53,18 @@ def _forward(
     axes_for(x.dim() - 2, weight.shape[2:], *sizes)
     compute = torch.promote_types(x.dtype, torch.float32)
     check_coefficients(int(weight.shape[1]) * groups, x.device, tensors, compute)
-    if fused and epilogue.runs_kernel(x):
+    if bias is not None and (bias.shape != (int(weight.shape[1]) * groups,) or bias.dtype != x.dtype):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)} and dtype {bias.dtype}; allowed is [C_out] = "
+            f"({int(weight.shape[1]) * groups},) of x's dtype, {x.dtype}"
+        )
+    if fused and bias is None and epilogue.runs_kernel(x):
         ran = conv_transpose.run(x, weight, *sizes, groups, tensors, numbers, *layout, gate)
         if ran is not None:
             return ran
 
     stride, padding, output_padding, dilation = sizes
-    y = torch.convolution(x, weight, None, stride, padding, dilation, True, output_padding, groups)
+    y = torch.convolution(x, weight, bias, stride, padding, dilation, True, output_padding, groups)
     if is_channels_last(y) is None:
         y = y.contiguous()
     if epilogue.runs_kernel(y):
@@ -75,6 +82,7 @@ def _forward(
 def conv_transpose_training(
     x: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     output_padding: Sequence[int],
@@ -95,30 +103,33 @@ def conv_transpose_training(
     channels_last: bool | None = None,
     allow_tf32: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """min(max(scale * conv_transpose(x, weight) + shift, lo), hi) of x's dtype, and one bit an element.
+    """min(max(scale * conv_transpose(x, weight, bias) + shift, lo), hi) of x's dtype, and one bit an element.
 
     ``x``: [N, C_in, *spatial], rank 3 to 5, float32, float16, bfloat16, or (without a kernel) float64; ``weight``:
-    [C_in, C_out / groups, *kernel] of the same dtype. ``stride``, ``padding``, ``output_padding`` and ``dilation`` hold
-    one number, or one a dimension. Each coefficient is a contiguous tensor [C_out] on x's device, float32 (float64 for
-    a float64 x) or, where that is None, the number; a bound that is None or infinite on its own side is none.
-    ``lo_open`` and ``hi_open``: a value on the bound itself passes no gradient; ``passes_nan``: a NaN does. The second
-    result is uint8 [ceil(numel / 8)], or [0] where everything passes. ``fused``: by the kernel of ``conv_transpose``,
-    where it runs and can write the bits, and to it belong ``channels_last`` and ``allow_tf32``; else PyTorch does the
-    convolution, and the epilogue kernel the rest, in place.
+    [C_in, C_out / groups, *kernel] and ``bias``: [C_out] or None, of the same dtype. PyTorch adds this bias, in half
+    precision before it rounds; where that takes a pass of its own, put it into ``shift`` instead. ``stride``,
+    ``padding``, ``output_padding`` and ``dilation`` hold one number, or one a dimension. Each coefficient is a
+    contiguous tensor [C_out] on x's device, float32 (float64 for a float64 x) or, where that is None, the number; a
+    bound that is None or infinite on its own side is none. ``lo_open`` and ``hi_open``: a value on the bound itself
+    passes no gradient; ``passes_nan``: a NaN does.
 
-    Differentiable with respect to x, weight and the coefficients that are tensors; a bound only where it is the only
-    one. There is no second derivative. Raises ValueError or TypeError for anything else.
+    The second result is uint8 [ceil(numel / 8)], or [0] where everything passes. ``fused``: by the kernel of
+    ``conv_transpose``, where that runs, can write the bits, and there is no ``bias``; ``channels_last`` and
+    ``allow_tf32`` are for it. Else PyTorch does the convolution, and the epilogue kernel the rest, in place.
+
+    Differentiable with respect to x, weight, bias and the coefficients that are tensors; a bound only where it is the
+    only one. There is no second derivative. Raises ValueError or TypeError for anything else.
     """
     bounded = _is_bound(lo, lo_number) or _is_bound(hi, hi_number)
     gate = Gate(lo_open, hi_open, passes_nan) if bounded or not passes_nan else None
     tensors, numbers = (scale, shift, lo, hi), (scale_number, shift_number, lo_number, hi_number)
     sizes, layout = (stride, padding, output_padding, dilation), (channels_last, allow_tf32)
-    return _forward(x, weight, sizes, int(groups), tensors, numbers, gate, fused, layout)
+    return _forward(x, weight, bias, sizes, int(groups), tensors, numbers, gate, fused, layout)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, weight, *convolution = inputs[:7]
-    scale, _, lo, hi, scale_number, _, lo_number, hi_number = inputs[7:15]
+    x, weight, bias, *convolution = inputs[:8]
+    scale, _, lo, hi, scale_number, _, lo_number, hi_number = inputs[8:16]
     y, bits = output
     ctx.convolution = convolution
     ctx.scale_number = scale_number
@@ -126,7 +137,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     two_bounds = _is_bound(lo, lo_number) and _is_bound(hi, hi_number)
     if two_bounds and any(bound is not None and bound.requires_grad for bound in (lo, hi)):
         raise ValueError("lo and hi are both given and one of them requires a gradient; allowed is one bound then")
-    ctx.save_for_backward(x, weight, scale, bits if bits.numel() else None)
+    ctx.save_for_backward(x, weight, bias, scale, bits if bits.numel() else None)
 
 
 def _is_bound(tensor: torch.Tensor | None, number: float | None) -> bool:
@@ -139,11 +150,11 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
             "fused_post::conv_transpose_training has no second derivative, and create_graph=True asks for one; "
             "leave the model, or this part of it, uncompiled"
         )
-    x, weight, scale, bits = ctx.saved_tensors
+    x, weight, bias, scale, bits = ctx.saved_tensors
     stride, padding, output_padding, dilation, groups = ctx.convolution
     needs = (*ctx.needs_input_grad, *(False,) * len(_ARGUMENTS))  # the dispatcher leaves defaults at the end out
-    needs_x, needs_weight = needs[:2]
-    needs_scale, needs_shift, needs_lo, needs_hi = needs[7:11]
+    needs_x, needs_weight, needs_bias = needs[:3]
+    needs_scale, needs_shift, needs_lo, needs_hi = needs[8:12]
 
     # Where the scale is learned, the convolution's gradients are taken without it.
     factor, number = (None, 1.0) if needs_scale else (scale, ctx.scale_number)
@@ -155,22 +166,29 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
         sums = (needs_shift, needs_lo or needs_hi)
         grad_conv, passed, blocked = epilogue_backward(grad, bits, factor, number, ctx.channels_last, *sums)
 
+    wanted = [needs_x, needs_weight or needs_scale, bias is not None and (needs_bias or needs_scale)]
     grad_x: Any = None
     grad_weight: Any = None
+    grad_bias: Any = None
     grad_scale = None
-    if needs_x or needs_weight or needs_scale:
+    if any(wanted):
         used = _by_channel(weight, scale, groups) if needs_scale else weight
-        wanted = [needs_x, needs_weight or needs_scale, False]
         sizes = (stride, padding, dilation, True, output_padding, groups)
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad_conv, x, used, None, *sizes, wanted)
+        lengths = None if bias is None else bias.shape
+        gradients = torch.ops.aten.convolution_backward(grad_conv, x, used, lengths, *sizes, wanted)
+        grad_x, grad_weight, grad_bias = gradients
     if needs_scale:
         product = (weight.to(scale.dtype) * grad_weight.to(scale.dtype)).unflatten(0, (groups, -1))
         grad_scale = product.sum((1, *range(3, product.dim()))).flatten()
         grad_weight = _by_channel(grad_weight, scale, groups)
+        if bias is not None:
+            grad_scale = grad_scale + bias.to(scale.dtype) * grad_bias.to(scale.dtype)
+            grad_bias = (grad_bias * scale).to(bias.dtype)
     return (
-        grad_x if needs_x else None, grad_weight if needs_weight else None, *(None,) * 5,
+        grad_x if needs_x else None, grad_weight if needs_weight else None, grad_bias if needs_bias else None,
+        *(None,) * 5,
         grad_scale, passed if needs_shift else None, blocked if needs_lo else None, blocked if needs_hi else None,
-        *(None,) * (len(_ARGUMENTS) - 11),
+        *(None,) * (len(_ARGUMENTS) - 12),
     )  # fmt: skip
 
 

@@ -148,19 +148,22 @@ def test_the_fused_operator_takes_convolution_bias_and_tail() -> None:
     assert all(node.op == "placeholder" for node in (x, weight))
 
 
+@pytest.mark.parametrize("leave_bias", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_operator_for_training_takes_convolution_bias_and_tail(fused: bool) -> None:
+def test_the_operator_for_training_takes_convolution_bias_and_tail(fused: bool, leave_bias: bool) -> None:
     gm = dynamo(Model(lambda m, y: torch.relu(y + m.b).clamp(max=1) * 0.5), torch.randn(2, 4, 5, 7))
     assert targets(gm) == ["conv_transpose2d", "add", "relu", "clamp", "mul"]
     (site,) = find_sites(gm)
-    rewrite.use_training(site, fused)
+    rewrite.use_training(site, fused, leave_bias)
     gm.graph.lint()
     gm.recompile()
-    arithmetic = ["reshape", "to", "reshape", "to", "mul", "mul", "add", "contiguous"]
+    arithmetic = ["reshape", "to", "mul", "contiguous"]
+    arithmetic += [] if leave_bias else ["reshape", "to", "mul", "add"]
     assert sorted(targets(gm)) == sorted([*arithmetic, "conv_transpose_training.default", "getitem"])
     (made,) = [node for node in gm.graph.nodes if "conv_transpose_training" in str(node.target)]
-    _, _, *sizes, groups, scale, shift, lo, hi, a, b, low, high = made.args[:15]
-    *gate, by_us, last, _ = made.args[15:]
+    _, _, bias, *sizes, groups, scale, shift, lo, hi, a, b, low, high = made.args[:16]
+    *gate, by_us, last, _ = made.args[16:]
+    assert (bias is not None) == leave_bias
     assert sizes == [[2, 2], [1, 1], [1, 1], [1, 1]] and groups == 1
     assert (scale, lo, hi) == (None, None, None) and isinstance(shift, fx.Node)
     assert (a, b, low, high) == (0.5, 0.0, 0.0, 0.5)

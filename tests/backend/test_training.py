@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.cases import CASES, Case
+from benchmarks.measure import TOLERANCE
 from fusion_backend import backend as backend_module
 from fusion_backend import choice, explain, fused_post
 
@@ -31,7 +33,12 @@ def _reset() -> Iterator[None]:
 @pytest.fixture
 def without_codegen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend's rewrite and AOTAutograd, but no generated C++: the same graphs, run operation by operation."""
-    monkeypatch.setattr(backend_module.opt, "inductor", lambda mode, options: aot_eager)
+
+    def compiler(gm: Any, example_inputs: Any) -> Any:
+        return aot_eager(gm, example_inputs)
+
+    compiler.reset = lambda: None  # type: ignore[attr-defined]
+    monkeypatch.setattr(backend_module.opt, "inductor", lambda mode, options: compiler)
 
 
 class Model(nn.Module):
@@ -324,6 +331,42 @@ def test_a_second_derivative_is_an_error_in_words() -> None:
     (first,) = torch.autograd.grad(compiled(model)(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"double backward|second derivative"):
         first.sum().backward()
+
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
+
+
+PLACES = [pytest.param("auto", "cpu"), *(pytest.param(k, "cuda", marks=GPU) for k in ("auto", "fused", "epilogue"))]
+
+
+@pytest.mark.parametrize(("kernel", "device"), PLACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_every_public_case(
+    name: str, dtype: torch.dtype, kernel: str, device: str, request: pytest.FixtureRequest
+) -> None:
+    """By the rule of Dynamo's own accuracy check: RMSE <= 2 * eager's + a tenth of the tolerance, relative."""
+    if device == "cpu":
+        request.getfixturevalue("without_codegen")
+    for memory_format in CASES[name].memory_formats:
+        check_gradients(CASES[name].small(), dtype, kernel, device, memory_format)
+
+
+def check_gradients(
+    case: Case, dtype: torch.dtype, kernel: str, device: str, memory_format: torch.memory_format
+) -> None:
+    torch._dynamo.reset()
+    model = case.model().to(device, dtype)
+    x, *others = case.inputs(device, dtype, memory_format)
+    forward = torch.compile(model, backend=fused_post, options={**STRICT, "fused_post.kernel": kernel})
+    exact = copy.deepcopy(model).double()
+    expected = step(lambda x: exact(x, *(other.double() for other in others)), exact, x.double())
+    ours = step(lambda x: forward(x, *others), model, x)
+    eager = step(lambda x: model(x, *others), model, x)
+    for mine, theirs, true in zip(ours, eager, expected, strict=True):
+        size = true.square().mean().sqrt()
+        errors = [(t.double() - true).square().mean().sqrt() for t in (mine, theirs)]
+        assert errors[0] <= 2 * errors[1] + TOLERANCE[dtype] / 10 * size
 
 
 class Autoencoder(nn.Module):

@@ -67,6 +67,7 @@ def coefficients(
         "shift": torch.randn(C, generator=generator),
         "lo": -torch.rand(C, generator=generator),
         "hi": torch.rand(C, generator=generator),
+        "bias": torch.randn(C, generator=generator),
     }
     return {name: made[name].to(device, dtype).requires_grad_() for name in names}
 
@@ -74,7 +75,7 @@ def coefficients(
 def eager(x: Tensor, weight: Tensor, sizes: tuple[Any, ...], given: dict[str, Tensor | float]) -> Tensor:
     """Closed bounds, by autograd."""
     stride, padding, output_padding, dilation, groups = sizes
-    y = CONV_TRANSPOSE[x.dim()](x, weight, None, stride, padding, output_padding, groups, dilation)
+    y = CONV_TRANSPOSE[x.dim()](x, weight, given.get("bias"), stride, padding, output_padding, groups, dilation)
 
     def per_channel(name: str) -> Any:
         value = given[name]
@@ -90,9 +91,10 @@ def eager(x: Tensor, weight: Tensor, sizes: tuple[Any, ...], given: dict[str, Te
 
 
 def ours(x: Tensor, weight: Tensor, sizes: tuple[Any, ...], given: dict[str, Tensor | float], **flags: bool) -> Tensor:
-    arguments = {name if isinstance(value, Tensor) else f"{name}_number": value for name, value in given.items()}
+    tail = {name: value for name, value in given.items() if name != "bias"}
+    arguments = {name if isinstance(value, Tensor) else f"{name}_number": value for name, value in tail.items()}
     flags = {"passes_nan": False, **flags} if "lo" in given or "hi" in given else flags
-    y, _ = torch.ops.fused_post.conv_transpose_training(x, weight, *sizes, **arguments, **flags)
+    y, _ = torch.ops.fused_post.conv_transpose_training(x, weight, given.get("bias"), *sizes, **arguments, **flags)
     return y
 
 
@@ -102,6 +104,8 @@ LEARNED = [
     {"scale"},
     {"scale", "shift", "lo"},
     {"shift", "hi"},
+    {"bias"},
+    {"bias", "scale", "hi"},
 ]
 
 
@@ -130,6 +134,8 @@ def test_gradients_are_no_further_from_float64_than_eagers(
         x, weight, sizes = setting(convolution, device, dtype, channels_last)
         compute = torch.promote_types(dtype, torch.float32)
         given = coefficients(convolution[1], device, compute, sorted(learned))
+        if "bias" in given:
+            given["bias"] = given["bias"].detach().to(dtype).requires_grad_()
         given |= {} if given.keys() & {"lo", "hi"} else {"lo": -3.0, "hi": 3.5}
         leaves = [x, weight, *(value for value in given.values() if isinstance(value, Tensor))]
         exact_given = {
@@ -177,7 +183,7 @@ def test_the_bits_are_eagers_on_the_bounds(rule: tuple[Any, ...], device: str, f
     flags = {"lo_open": lo_open, "hi_open": hi_open, "passes_nan": passes_nan, "fused": fused}
     numbers = {f"{name}_number": bound for name, bound in bounds.items()}
     one = torch.ones(1, 1, 1, device=device)
-    y, bits = torch.ops.fused_post.conv_transpose_training(x, one, [1], [0], [0], [1], **numbers, **flags)
+    y, bits = torch.ops.fused_post.conv_transpose_training(x, one, None, [1], [0], [0], [1], **numbers, **flags)
     assert torch.equal(gate.unpack(bits, x.shape, False), expected.bool())
     torch.testing.assert_close(y, function(x), rtol=0, atol=0, equal_nan=True)
 
@@ -252,7 +258,9 @@ def test_opcheck(channels_last: bool, device: str) -> None:
             {"shift": values["shift"], "lo": values["lo"]},
             {"shift": values["shift"]},
         ):
-            torch.library.opcheck(torch.ops.fused_post.conv_transpose_training.default, (x, weight, *sizes), kwargs)
+            torch.library.opcheck(
+                torch.ops.fused_post.conv_transpose_training.default, (x, weight, None, *sizes), kwargs
+            )
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -264,11 +272,11 @@ def test_a_gpu_gets_one_kernel_forward_and_one_backward(channels_last: bool, fus
         x, weight = torch.empty(128, 64, 128, 128, device="cuda"), torch.empty(64, 64, 3, 3, device="cuda")
         x = x.to(memory_format=torch.channels_last) if channels_last else x
         coefficients = (None, torch.empty(64, device="cuda"), None, None, 1.0, 0.0, 0.0, 0.5)
-        inputs = (x, weight, [2], [1], [1], [1], 1, *coefficients)
+        inputs = (x, weight, None, [2], [1], [1], [1], 1, *coefficients)
         flags = (False, False, False, fused, channels_last, True)
         y, bits = kernels.conv_transpose_training._init_fn(*inputs, *flags)
         assert bits.shape == (y.numel() // 8,)
-        ctx = SimpleNamespace(needs_input_grad=[True, True, *[False] * 6, True])
+        ctx = SimpleNamespace(needs_input_grad=[True, True, False, *[False] * 6, True])
         ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
         kernels._save(ctx, (*inputs, *flags), (y, bits))
         gradients = [gradient for gradient in kernels._backward(ctx, y, None) if gradient is not None]
@@ -290,6 +298,8 @@ MISTAKES = [
     ((X[0], W), {}, ValueError, "x has rank 3|weight has shape"),
     ((X.int(), W), {}, TypeError, "x has dtype torch.int32; allowed are .*torch.float64"),
     ((X, W.half()), {}, TypeError, "weight has dtype torch.float16"),
+    ((X, W), {"bias": torch.zeros(5)}, ValueError, r"bias has shape \(5,\) .*allowed is \[C_out\] = \(6,\)"),
+    ((X, W), {"bias": torch.zeros(6).half()}, ValueError, "bias has .*dtype torch.float16"),
     ((X, W), {"shift": torch.zeros(4)}, ValueError, r"shift has shape \(4,\); allowed is \[C\] = \(6,\)"),
     ((X, W), {"scale": torch.zeros(6).double()}, TypeError, "scale has dtype torch.float64"),
     ((X.double(), W.double()), {"scale": torch.zeros(6)}, TypeError, "scale has dtype torch.float32"),
@@ -300,5 +310,7 @@ MISTAKES = [
     ("args", "kwargs", "error", "message"), MISTAKES, ids=lambda v: v if isinstance(v, str) else ""
 )
 def test_mistakes_are_named(args: tuple[Any, ...], kwargs: dict[str, Any], error: type, message: str) -> None:
+    kwargs = dict(kwargs)
+    bias = kwargs.pop("bias", None)
     with pytest.raises(error, match=message):
-        kernels.conv_transpose_training(*args, [2], [1], [1], [1], 1, **kwargs)
+        kernels.conv_transpose_training(*args, bias, [2], [1], [1], [1], 1, **kwargs)
