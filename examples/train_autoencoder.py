@@ -30,13 +30,12 @@ class Autoencoder(nn.Module):
         self.down1 = nn.Conv2d(1, 16, 3, stride=2, padding=1)
         self.down2 = nn.Conv2d(16, 8, 3, stride=2, padding=1)
         self.up1 = nn.ConvTranspose2d(8, 16, 3, stride=2, padding=1, output_padding=1)
-        self.gain = nn.Parameter(torch.ones(16, 1, 1))
         self.up2 = nn.ConvTranspose2d(16, 1, 4, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.down1(x))
         x = self.down2(x)
-        x = F.relu6(self.up1(x) * self.gain + 3.0) / 6.0  # a hard sigmoid
+        x = F.relu6(self.up1(x) + 3.0) / 6.0  # a hard sigmoid
         return (self.up2(x).clamp(-1, 1) + 1) / 2
 
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
+import torch
+
 from fusion_backend.kernels.support import why_unsupported
-from fusion_backend.patterns.coefficient import is_infinite
+from fusion_backend.patterns.coefficient import is_infinite, leaves
 from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
+from fusion_backend.patterns.source import needs_gradient, value_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ def choose(site: Site, requested: str, functions: frozenset[str] = frozenset()) 
     """``requested`` is the user's ``fused_post.kernel``; ``functions`` are the names that the whole graph calls."""
     if "_make_dual" in functions:
         return Choice(None, "a forward-mode tangent flows through it, and folding would change it at the bounds")
+    if "_vmap_increment_nesting" in functions and torch.is_grad_enabled():
+        return Choice(None, "inside torch.vmap the graph does not record whether a gradient flows through it")
     trains = site.gate is not None
     transform = next((name for name in _TRANSFORMS if name in functions), None)
     problem = f"it has no rule for {_TRANSFORMS[transform]}" if transform else None
@@ -73,6 +78,10 @@ def why_no_bits(site: Site) -> str | None:
         return "the convolution has no batch dimension"
     if is_infinite(form.lo) and is_infinite(form.hi):
         return "the tail has no bounds"
+    if not any(needs_gradient(value_of(node)) for node in (convolution.x, convolution.weight)):
+        return "the convolution itself learns nothing"
+    if any(leaf.learned for leaf in leaves(form.scale)):
+        return "its scale is learned, and without the convolution's value the gradient of that takes a convolution"
     if form.lo == 0.0 and is_infinite(form.hi) and site.gate == Gate(lo_open=True):
         return "its result, which the next operation keeps, tells where the gradient of a relu passes"
     return None if importlib.util.find_spec("triton") else "triton is not installed"

@@ -6,7 +6,8 @@ gradient of y:
 
     g_conv     = a * p * g            for the convolution's own backward, which PyTorch does
     g_b        = sum of p * g         per channel, in the same pass over memory as g_conv
-    g_lo, g_hi = sum of (1 - p) * g   the same; of two bounds neither can be learned, since one bit does not tell them
+    g_lo, g_hi = sum of (1 - p) * g   the same; of two bounds neither can be learned, since one bit does not tell them,
+                                      and a NaN that does not pass counts here, as it does not in eager
     g_a        = sum of w * g_w / a   over the taps and inputs of a channel
 
 The last is <p * g, conv_transpose(x, w)>. That is linear in w, hence equal to <w, its own gradient>, and the

@@ -22,7 +22,9 @@ and one bit an element is all that the backward needs. Refused, so that the tail
     two bounds of which a number known only at run time decides which is tighter, and the rules differ; or whether they
     cross
     a scale known only at run time behind a bound: where it is zero, all values fall onto one
-    a learned number in one of two bounds: its gradient needs to know which of them was hit
+    a shift behind a bound, but for a number that at most doubles the bounds: next to a large shift float32 no longer
+    tells which values lay beyond the bound
+    a learned bound: its gradient needs to know which elements a NaN is not, and which of two bounds was hit
 """
 
 from __future__ import annotations
@@ -38,11 +40,15 @@ from fusion_backend.patterns.coefficient import Coefficient
 
 @dataclass(frozen=True)
 class Gate:
-    """Beside a normal form: whether its bounds block the gradient (open), and whether a NaN passes it."""
+    """Beside a normal form: whether its bounds block the gradient (open), and whether a NaN passes it.
+
+    ``shifted``: a shift has come behind the bounds.
+    """
 
     lo_open: bool = False
     hi_open: bool = False
     passes_nan: bool = True
+    shifted: bool = False
 
 
 def apply(gate: Gate, form: NormalForm, step: Step) -> Gate | Refusal:
@@ -52,21 +58,32 @@ def apply(gate: Gate, form: NormalForm, step: Step) -> Gate | Refusal:
     elif isinstance(step, Scale):
         gated = _scaled(gate, form, step.factor)
     else:
-        gated = gate
+        gated = _shifted(gate, form, step.amount)
     after = algebra.apply(form, step)
     if isinstance(gated, Refusal):
         return gated
     if isinstance(after, Refusal):
         return after
-    two_bounds = not co.is_infinite(after.lo) and not co.is_infinite(after.hi)
-    if two_bounds and any(leaf.learned for leaf in co.leaves(after.lo, after.hi)):
-        return Refusal("the gradient of a learned bound needs to know which of the two bounds was hit")
+    if any(leaf.learned for leaf in co.leaves(after.lo, after.hi)):
+        return Refusal("the gradient of a learned bound takes more than a bit of each element")
     return gated
+
+
+def _shifted(gate: Gate, form: NormalForm, amount: Coefficient) -> Gate | Refusal:
+    bounds = [bound for bound in (form.lo, form.hi) if not co.is_infinite(bound)]
+    if not bounds or amount == 0.0:
+        return gate
+    exact = isinstance(amount, float) and all(
+        isinstance(bound, float) and abs(bound + amount) <= 2 * abs(bound) for bound in bounds
+    )
+    if gate.shifted or not exact:
+        return Refusal("a gradient passes a bound, and behind the shift float32 cannot tell which values lay beyond it")
+    return replace(gate, shifted=True)
 
 
 def _scaled(gate: Gate, form: NormalForm, factor: Coefficient) -> Gate | Refusal:
     if isinstance(factor, float):
-        return gate if factor > 0 else Gate(gate.hi_open, gate.lo_open, gate.passes_nan)
+        return gate if factor > 0 else replace(gate, lo_open=gate.hi_open, hi_open=gate.lo_open)
     if co.is_infinite(form.lo) and co.is_infinite(form.hi):
         return gate
     return Refusal("a gradient passes a bound, and whether the scale behind it is zero is known only at run time")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dialects import dynamo
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +19,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.measure import TOLERANCE
 from fusion_backend import backend as backend_module
 from fusion_backend import choice, explain, fused_post
+from fusion_backend.patterns.site import Site, find_sites
 
 STRICT = {"fused_post.strict": True}
 
@@ -73,6 +75,8 @@ TAILS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "in place": lambda m, y: y.add_(m.bias).clamp_(-1, 1).mul_(0.5),
     "a learned bound": lambda m, y: torch.clamp(y * 2, min=m.bias) + 1,
     "one that ends early": lambda m, y: torch.minimum(y.clamp(-1, 1) * 2, m.shift) + m.bias,
+    "shifted far": lambda m, y: F.relu6(y) * 1e-3 + 1000,
+    "a gain of a buffer": lambda m, y: (y * m.shift + m.bias).clamp(-0.5, 1) * -2,
     "affine": lambda m, y: (y * 2 + m.bias) * 3 - m.shift,
 }
 every_tail = pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
@@ -98,9 +102,10 @@ def test_gradients_are_eagers(without_codegen: None, tail: Any, rank: int) -> No
         model = Model(tail, bias, rank)
         x = torch.randn(2, 4, *(5, 4, 3)[:rank])
         torch.testing.assert_close(step(compiled(model), model, x), step(model, model, x))
+        assert explain(model, x).sites[0].matched
 
 
-@pytest.mark.parametrize("name", ["seed", "a gain", "mixed rules"])
+@pytest.mark.parametrize("name", ["seed", "a gain", "mixed rules", "shifted far"])
 def test_gradients_are_eagers_in_generated_code(name: str) -> None:
     model, x = Model(TAILS[name]), torch.randn(2, 4, 5, 4)
     torch.testing.assert_close(step(compiled(model), model, x), step(model, model, x))
@@ -167,7 +172,7 @@ def saved(forward: Callable[..., Tensor], model: nn.Module, x: Tensor) -> list[T
     return [t for t in kept if t.data_ptr() not in own]
 
 
-@pytest.mark.parametrize("name", ["seed", "relu6", "a gain", "mixed rules", "one bound"])
+@pytest.mark.parametrize("name", ["seed", "relu6", "a hard sigmoid", "mixed rules", "one bound"])
 def test_of_the_outputs_size_only_one_bit_an_element_is_kept(name: str) -> None:
     model, x = Model(TAILS[name]), torch.randn(2, 4, 8, 8)
     y = model(x)
@@ -189,7 +194,9 @@ def test_the_report_says_what_is_kept() -> None:
 ENDS = [
     (lambda m, y: torch.minimum(y, m.shift) * 2 + 1, "halved on the bound"),
     (lambda m, y: y.clamp(0, 1).mul(m.gain), "whether the scale behind it is zero"),
-    (lambda m, y: y.clamp(0, 1) + m.bias, "which of the two bounds was hit"),
+    (lambda m, y: y.clamp(0, 1) + m.bias, "behind the shift float32 cannot tell"),
+    (lambda m, y: F.relu6(y) * 1e-4 + 300, "behind the shift float32 cannot tell"),
+    (lambda m, y: torch.clamp(y, min=m.bias) * 2, "the gradient of a learned bound"),
     (lambda m, y: y.clamp(0, 1).clamp(2, 3), "no value that passes a gradient"),
     (lambda m, y: torch.clamp(y, m.shift, m.bias), "known only at run time"),
 ]
@@ -240,7 +247,6 @@ def test_an_input_without_a_gradient(without_codegen: None) -> None:
 @pytest.mark.parametrize("name", ["seed", "a gain", "relu6"])
 def test_autocast_is_no_further_from_float64_than_eager(without_codegen: None, dtype: torch.dtype, name: str) -> None:
     model, x = Model(TAILS[name]), torch.randn(2, 4, 16, 16)
-    exact = step(copy.deepcopy(model).double(), copy.deepcopy(model).double(), x.double())
     double = copy.deepcopy(model).double()
     exact = step(double, double, x.double())
     with torch.autocast("cpu", dtype):
@@ -270,12 +276,11 @@ def test_a_gradient_scaler_steps_as_in_eager(without_codegen: None) -> None:
     torch.testing.assert_close(*weights, rtol=2e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("reentrant", [False])
-def test_a_checkpointed_tail_is_computed_again_and_not_kept(reentrant: bool) -> None:
+def test_a_checkpointed_tail_is_computed_again_and_not_kept() -> None:
     model, x = Model(seed), torch.randn(2, 4, 8, 8)
 
     def checkpointed(x: Tensor) -> Tensor:
-        return checkpoint(model, x, use_reentrant=reentrant).square()
+        return checkpoint(model, x, use_reentrant=False).square()
 
     forward = compiled(checkpointed)
     assert explain(checkpointed, x.requires_grad_()).sites[0].matched
@@ -318,6 +323,60 @@ def test_functional_optimizers(without_codegen: None) -> None:
     torch.testing.assert_close(compiled(update)(parameters, x), update(parameters, x))
 
 
+def test_gradients_inside_vmap_are_eagers_on_the_bounds(without_codegen: None) -> None:
+    """Dynamo does not record there that a gradient flows, so the site is left alone."""
+    weight, bias = torch.ones(1, 3, 1, 1), torch.zeros(3, 1, 1, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        return torch.vmap(lambda x: F.relu6((F.conv_transpose2d(x, weight, stride=2) + bias) * 2) / 2)(x)
+
+    x = torch.randn(2, 1, 1, 3, 3)
+    gradients = [torch.autograd.grad(f(x).sum(), bias)[0] for f in (compiled(function), function)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_varying_float64_scalar_needs_no_fallback(caplog: pytest.LogCaptureFixture) -> None:
+    """AOTAutograd starts over when it meets one, by an exception that is no failure."""
+    model, x = Model(lambda m, y: (y * m.factor).clamp(-1, 1) * 2), torch.randn(2, 4, 5, 4)
+    model.factor = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+    forward = torch.compile(model, backend=fused_post)
+    with caplog.at_level("WARNING"):
+        torch.testing.assert_close(step(forward, model, x), step(model, model, x))
+    assert not [record for record in caplog.records if record.name.startswith("fusion_backend")]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "reason"), [(["up.weight", "up.bias"], "learns nothing"), ([], "its scale is learned")]
+)
+def test_bits_are_kept_only_where_they_pay(frozen: list[str], reason: str) -> None:
+    model, x = Model(TAILS["a gain"]), torch.randn(2, 4, 5, 4)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    assert "one bit" not in explain(model, x).sites[0].reason
+    gm = dynamo(model, x)
+    (site,) = find_sites(gm)
+    assert isinstance(site, Site) and reason in (choice.why_no_bits(site) or "")
+
+
+def test_what_an_operator_is_made_of_is_part_of_the_key_of_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AOTAutograd's cache would go on with the operators of an earlier version."""
+    tags: list[str] = []
+
+    def compiler(gm: Any, example_inputs: Any) -> Any:
+        tags.append(torch.compiler.config.cache_key_tag)
+        return aot_eager(gm, example_inputs)
+
+    compiler.reset = lambda: None  # type: ignore[attr-defined]
+    monkeypatch.setattr(backend_module.opt, "inductor", lambda mode, options: compiler)
+    model, x = Model(seed), torch.randn(2, 4, 5, 4)
+    compiled(model)(x)
+    torch._dynamo.reset()
+    monkeypatch.setattr(backend_module, "_hash_of_kernels", lambda: "another version")
+    compiled(model)(x)
+    assert tags[0] != tags[1] and "another version" in tags[1]
+    assert "another version" not in torch.compiler.config.cache_key_tag
+
+
 def test_sizes_that_vary(without_codegen: None) -> None:
     model = Model(seed)
     forward = compiled(model, dynamic=True)
@@ -329,7 +388,8 @@ def test_sizes_that_vary(without_codegen: None) -> None:
 def test_a_second_derivative_is_an_error_in_words() -> None:
     model, x = Model(seed), torch.randn(1, 4, 3, 3, requires_grad=True)
     (first,) = torch.autograd.grad(compiled(model)(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"double backward|second derivative"):
+    message = "double backward" if torch.__version__ >= "2.13" else "does not require grad"  # AOTAutograd's own
+    with pytest.raises(RuntimeError, match=message):
         first.sum().backward()
 
 
