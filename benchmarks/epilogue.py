@@ -26,7 +26,7 @@ import triton.language as tl
 
 from benchmarks.measure import environment
 from fusion_backend.kernels import epilogue as kernels
-from fusion_backend.kernels.epilogue import FLAT_CONFIGS, TRANSPOSE_CONFIGS, Config
+from fusion_backend.kernels.blocks import FLAT_CONFIGS, TRANSPOSE_CONFIGS, Config, choose_config
 
 ROUNDS = 21
 
@@ -142,7 +142,7 @@ class Bench:
 
     @property
     def chosen(self) -> Config:
-        return kernels.choose_config(self.case.from_last != self.case.to_last, self.case.total_bytes)
+        return choose_config(self.case.from_last != self.case.to_last, self.case.total_bytes)
 
     def contenders(self) -> dict[str, Callable[[], object]]:
         """By name; "copy" is first, ours are called by their configuration, and the rest are the peers."""

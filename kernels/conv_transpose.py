@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+from torch.fx.experimental.symbolic_shapes import guard_or_true
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
@@ -48,16 +48,13 @@ from fusion_backend.kernels.coefficients import (
 from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.epilogue import EVERYTHING
 from fusion_backend.kernels.gate import Gate, pack_bits, passes_gate
+from fusion_backend.kernels.launching import runs, takes_long_offsets, unit_of
 from fusion_backend.kernels.layout import empty, is_channels_last
 from fusion_backend.kernels.phases import Axis
+from fusion_backend.kernels.problem import Problem, problem_for
+from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.tf32 import round_to_tf32, rounded_to_tf32
-from fusion_backend.kernels.tiling import Problem, Tiling, choose_tiling
-
-# What every GPU gives to a block.
-LEAST_SHARED_MEMORY = 64 * 1024
-
-# From so many elements on, offsets take 64 bits.
-LONG = 2**31
+from fusion_backend.kernels.tiling import Tiling, choose_tiling, why_no_bits
 
 # In an image, of x or of the output: pixels, also those that fill a row of phases up, are counted in 32 bits.
 MOST_PIXELS = 2**30
@@ -468,37 +465,6 @@ def _conv_transpose_kernel(
             _store_bits(bits_ptr, offset, passing, exists, BLOCK_M * COLUMNS * JOINED)
 
 
-def problem_for(
-    x: torch.Tensor, weight: torch.Tensor, axes: Sequence[Axis], groups: int, out_last: bool, allow_tf32: bool
-) -> Problem:
-    N, C_in, *sizes = x.shape
-    spans = (_cdiv(axis.output_size(size), axis.stride) for axis, size in zip(axes, sizes, strict=True))
-    nvidia = torch.version.hip is None
-    compiled = isinstance(_conv_transpose_kernel, JITFunction)
-    fp32 = x.dtype == torch.float32
-    return Problem(
-        axes=(Axis(),) * (3 - len(axes)) + tuple(axes),
-        C_in=int(C_in) // groups,
-        C_out=int(weight.shape[1]),
-        groups=groups,
-        positions=N * math.prod(spans),
-        dtype=x.dtype,
-        x_last=bool(is_channels_last(x)),
-        out_last=out_last,
-        tf32=fp32 and allow_tf32 and nvidia and compiled,
-        exact=fp32 and not allow_tf32 and nvidia,
-        shared_limit=shared_memory_limit(x.device),
-    )
-
-
-def shared_memory_limit(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have on ``device``; where that is not at hand, on the smallest GPU."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return LEAST_SHARED_MEMORY
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 0) or LEAST_SHARED_MEMORY
-
-
 def pack(weight: torch.Tensor, problem: Problem, tiling: Tiling) -> torch.Tensor:
     """[taps, groups, C_out, C_in], C_in filled up with zeros to whole blocks, and rounded where the product is TF32."""
     packed = weight.reshape(problem.groups, problem.C_in, problem.C_out, -1).permute(3, 0, 2, 1)
@@ -527,8 +493,7 @@ def launch(
         return
     N, _, *sizes = x.shape
     D, H, W = (1,) * (3 - len(sizes)) + tuple(sizes)
-    # Triton by itself sees only whether 16 divides a size.
-    unit = next(unit for unit in (8, 4, 2, 1) if guard_or_false(W % unit == 0))
+    unit = unit_of(W)
     axes = {
         f"{name}_{letter}": value
         for letter, axis, shared in zip("DHW", problem.axes, tiling.shared, strict=True)
@@ -571,45 +536,13 @@ def launch(
         DOT=problem.dot,
         TF32=problem.tf32,
         AHEAD=problem.ahead,
-        LONG=any(guard_or_true(tensor.numel() >= LONG) for tensor in (x, out, packed)),
+        LONG=takes_long_offsets(x, out, packed),
         BLOCK_M=tiling.config.rows,
         BLOCK_C=tiling.block_c,
         BLOCK_K=tiling.block_k,
         STAGES=tiling.config.num_stages,
         num_warps=tiling.config.num_warps,
     )
-
-
-def why_no_bits(problem: Problem, tiling: Tiling, W_out: int) -> str | None:
-    """Why the kernel cannot write the gate's bits beside an output whose rows have W_out elements; None: it can.
-
-    The 8 elements of a byte must be 8 neighbours in a row of one tile.
-    """
-    if problem.out_last:
-        channels = problem.C_out if problem.dot else problem.C_out * problem.groups
-        if channels % 8 or tiling.block_c % 8:
-            return f"{channels} channels, {tiling.block_c} a tile: they are not multiples of 8"
-        return None
-    axis = problem.axes[2]
-    wide = tiling.joined * tiling.shared[2]
-    if axis.stride % wide or (wide != axis.stride and wide % 8):
-        return f"{wide} phases of stride {axis.stride} a program are neither all nor a multiple of 8"
-    if tiling.config.rows * wide % 8:
-        return f"{tiling.config.rows} positions of {wide} phases are not a multiple of 8"
-    if not guard_or_false(W_out % 8 == 0) or not guard_or_false(_cdiv(W_out, axis.stride) * wide % 8 == 0):
-        return f"rows of {W_out} elements are not made of whole bytes"
-    return None
-
-
-def _cdiv(size: int, block: int) -> int:
-    return (size + block - 1) // block
-
-
-def _runs_kernel(x: torch.Tensor) -> bool:
-    """Kernels run on GPUs; under TRITON_INTERPRET=1 everywhere, though not on the fake tensors of a tracer."""
-    if isinstance(_conv_transpose_kernel, JITFunction):
-        return x.device.type in ("cuda", "hip")
-    return type(x) in (torch.Tensor, torch.nn.Parameter)
 
 
 def run(
@@ -642,14 +575,15 @@ def run(
         )
     indexable = all(guard_or_true(math.prod(plane) < MOST_PIXELS) for plane in (x.shape[2:], sizes))
     problem = tiling = None
-    if _runs_kernel(x) and indexable:
-        problem = problem_for(x, weight, axes, groups, out_last, allow_tf32)
+    if runs(_conv_transpose_kernel, x) and indexable:
+        compiled = isinstance(_conv_transpose_kernel, JITFunction)
+        problem = problem_for(x, weight, axes, groups, out_last, allow_tf32, compiled)
         tiling = choose_tiling(problem)
     if gate is not None and (problem is None or tiling is None or why_no_bits(problem, tiling, sizes[-1])):
         return None
 
     out = empty((x.shape[0], C_out, *sizes), x, out_last)
-    bits = out.new_empty(0 if gate is None else _cdiv(out.numel(), 8), dtype=torch.uint8)
+    bits = out.new_empty(0 if gate is None else cdiv(out.numel(), 8), dtype=torch.uint8)
     coefficients = coefficients_for(out, tensors, numbers)
     if problem is None or tiling is None:
         out.copy_(reference(x, weight, axes, groups, *coefficients.values))

@@ -17,16 +17,15 @@ NaN goes through and infinities clamp as in ``torch.clamp``; where lo > hi the r
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
+from fusion_backend.kernels.blocks import Config, blocks_for, choose_config, tiles_for
 from fusion_backend.kernels.coefficients import (
     Coefficients,
     Numbers,
@@ -39,51 +38,13 @@ from fusion_backend.kernels.coefficients import (
     reference,
 )
 from fusion_backend.kernels.gate import Gate, pack_bits, passes_gate
+from fusion_backend.kernels.launching import runs
 from fusion_backend.kernels.layout import empty, is_channels_last
+from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.support import DTYPES
-
-VECTOR_BYTES = 16
 
 # What a launch without bits is told; its kernel does not look at it.
 EVERYTHING = Gate()
-
-
-@dataclass(frozen=True)
-class Config:
-    """Bytes that a program reads, its warps, and whether caches are told that nothing is used twice."""
-
-    block_bytes: int
-    num_warps: int
-    streaming: bool = False
-
-    def elements(self, dtype: torch.dtype) -> int:
-        return self.block_bytes // dtype.itemsize
-
-
-FLAT_CONFIGS = (
-    Config(4096, 4),
-    Config(8192, 4),
-    Config(16384, 4),
-    Config(16384, 8),
-    Config(16384, 8, streaming=True),
-)
-TRANSPOSE_CONFIGS = (
-    Config(8192, 4),
-    Config(16384, 8),
-    Config(16384, 8, streaming=True),
-)
-
-# A tile's edge along the channels: 256 bytes of fp32, 128 of half precision.
-TRANSPOSE_CHANNELS = 64
-
-# Fewer programs than this leave multiprocessors idle while the last ones finish.
-ENOUGH_PROGRAMS = 1024
-
-
-def choose_config(transposing: bool, total_bytes: int) -> Config:
-    """The configuration that fits a tensor of ``total_bytes``."""
-    small, large = (TRANSPOSE_CONFIGS[0], TRANSPOSE_CONFIGS[1]) if transposing else (FLAT_CONFIGS[0], FLAT_CONFIGS[3])
-    return large if guard_or_false(total_bytes >= ENOUGH_PROGRAMS * large.block_bytes) else small
 
 
 @triton.jit
@@ -266,52 +227,31 @@ def _launch_flat(
     bits: torch.Tensor | None,
     gate: Gate,
 ) -> None:
-    _, C, *sizes = out.shape
-    S = math.prod(sizes)
-    vector = VECTOR_BYTES // out.dtype.itemsize
     channels_last = bool(is_channels_last(out))
     known_at_once = all(tensor is None for tensor in coefficients.tensors)
-
-    def is_whole_rows(config: Config) -> bool:
-        return known_at_once or (not channels_last and guard_or_false(config.elements(out.dtype) <= S))
-
-    # Where each element's channel is worked out by itself, large blocks need more registers than there are.
-    aligned = guard_or_false((C if channels_last else S) % vector == 0)
-    if not aligned and not is_whole_rows(config):
-        config = FLAT_CONFIGS[0]
-
+    blocks = blocks_for(out.shape, out.dtype, channels_last, known_at_once, config)
+    config = blocks.config
     block = config.elements(out.dtype)
-    whole_rows, whole_pixels = is_whole_rows(config), False
-    if whole_rows:
-        width = block
-    elif channels_last:
-        C = int(C)
-        whole_pixels = vector <= C <= block and C & (C - 1) == 0
-        width = C if whole_pixels else vector if aligned else 1
-        C, S = C // width, 1
-    else:
-        width = vector if aligned else 1
-        S = S // width
 
     numel = out.numel()
     kernel: Any = wrap_triton(_flat_kernel) if isinstance(_flat_kernel, JITFunction) else _flat_kernel
-    kernel[(_cdiv(numel, block),)](
+    kernel[(cdiv(numel, block),)](
         out,
         bits,
         x,
         *coefficients.tensors,
         numel,
-        C,
-        S,
+        blocks.channels,
+        blocks.spatial,
         *coefficients.numbers,
         *coefficients.present,
         LO_OPEN=gate.lo_open,
         HI_OPEN=gate.hi_open,
         PASSES_NAN=gate.passes_nan,
-        WHOLE_ROWS=whole_rows,
-        WHOLE_PIXELS=whole_pixels,
+        WHOLE_ROWS=blocks.whole_rows,
+        WHOLE_PIXELS=blocks.whole_pixels,
         CHANNELS_LAST=channels_last,
-        WIDTH=width,
+        WIDTH=blocks.width,
         BLOCK=block,
         STREAMING=config.streaming,
         num_warps=config.num_warps,
@@ -321,34 +261,25 @@ def _launch_flat(
 def _launch_transpose(out: torch.Tensor, x: torch.Tensor, coefficients: Coefficients, config: Config) -> None:
     N, C, *sizes = out.shape
     S = math.prod(sizes)
-    vector = VECTOR_BYTES // out.dtype.itemsize
     C = int(C)
-    c_unit = vector if C % vector == 0 else 1
-    s_unit = vector if guard_or_false(S % vector == 0) else 1
-    block_c = min(triton.next_power_of_2(C), TRANSPOSE_CHANNELS)
-    block_s = config.elements(out.dtype) // block_c
-
+    tiles = tiles_for(out.shape, out.dtype, config)
     kernel: Any = wrap_triton(_transpose_kernel) if isinstance(_transpose_kernel, JITFunction) else _transpose_kernel
-    kernel[(N * _cdiv(C, block_c) * _cdiv(S, block_s),)](
+    kernel[(N * cdiv(C, tiles.block_c) * cdiv(S, tiles.block_s),)](
         out,
         x,
         *coefficients.tensors,
-        C // c_unit,
-        S // s_unit,
+        C // tiles.c_unit,
+        S // tiles.s_unit,
         *coefficients.numbers,
         *coefficients.present,
         TO_CHANNELS_LAST=bool(is_channels_last(out)),
-        C_UNIT=c_unit,
-        S_UNIT=s_unit,
-        BLOCK_C=block_c,
-        BLOCK_S=block_s,
+        C_UNIT=tiles.c_unit,
+        S_UNIT=tiles.s_unit,
+        BLOCK_C=tiles.block_c,
+        BLOCK_S=tiles.block_s,
         STREAMING=config.streaming,
         num_warps=config.num_warps,
     )
-
-
-def _cdiv(size: int, block: int) -> int:
-    return (size + block - 1) // block
 
 
 def _check(x: torch.Tensor, tensors: Tensors) -> None:
@@ -360,12 +291,7 @@ def _check(x: torch.Tensor, tensors: Tensors) -> None:
 
 
 def runs_kernel(x: torch.Tensor) -> bool:
-    """On GPUs, but not for float64; under TRITON_INTERPRET=1 everywhere, though not on the fake tensors of a tracer."""
-    if x.dtype not in DTYPES:
-        return False
-    if isinstance(_flat_kernel, JITFunction):
-        return x.device.type in ("cuda", "hip")
-    return type(x) in (torch.Tensor, torch.nn.Parameter)
+    return runs(_flat_kernel, x)
 
 
 def _out_of_place(x: torch.Tensor, tensors: Tensors, numbers: Numbers, channels_last: bool | None) -> torch.Tensor:
@@ -404,7 +330,7 @@ def gated_(y: torch.Tensor, tensors: Tensors, numbers: Numbers, gate: Gate | Non
     channels_last = is_channels_last(y)
     if channels_last is None:
         raise ValueError(f"y has strides {y.stride()} for shape {tuple(y.shape)}; allowed: contiguous or channels_last")
-    bits = y.new_empty(_cdiv(y.numel(), 8) if gate else 0, dtype=torch.uint8)
+    bits = y.new_empty(cdiv(y.numel(), 8) if gate else 0, dtype=torch.uint8)
     if runs_kernel(y):
         launch(y, None, coefficients, None, bits if gate else None, gate or EVERYTHING)
     elif gate:

@@ -20,20 +20,20 @@ tiles, and its sums are those of the rows or of the columns:
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
 from fusion_backend.kernels.coefficients import check_coefficients, coefficients_for
-from fusion_backend.kernels.epilogue import ENOUGH_PROGRAMS, VECTOR_BYTES
 from fusion_backend.kernels.gate import unpack
+from fusion_backend.kernels.launching import runs
 from fusion_backend.kernels.layout import empty
+from fusion_backend.kernels.matrix import Tiling, tiling_for
+from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.support import DTYPES
 
 # The gradient and the sums of what passes and of what does not; None for a sum that is not asked for.
@@ -67,116 +67,6 @@ def _laid_out(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
     if (x.movedim(1, -1) if channels_last else x).is_contiguous():
         return x
     return empty(x.shape, x, channels_last).copy_(x)
-
-
-@dataclass(frozen=True)
-class Config:
-    """Bytes of a tile, warps of its program, and the tiles that a program adds up where it sums columns."""
-
-    tile_bytes: int
-    num_warps: int
-    tiles: int
-
-
-CONFIGS = (Config(4096, 4, 1), Config(16384, 8, 2), Config(16384, 8, 8))
-
-# Contiguous rows shorter than this are not worth a row of a tile.
-SHORT_ROW = 128
-
-# A tile's columns at most where they are added up; the more rows it has, the fewer partial sums there are.
-WIDEST = 256
-
-# A tile's row is this long or longer, where the matrix has as many columns.
-LEAST_ROW_BYTES = 128
-
-
-def choose_config(total_bytes: int) -> Config:
-    """The largest that still gives every multiprocessor of a GPU enough to do."""
-    for config in reversed(CONFIGS):
-        if guard_or_false(total_bytes >= ENOUGH_PROGRAMS * config.tile_bytes * config.tiles):
-            return config
-    return CONFIGS[0]
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """A matrix [rows, units] of units of ``width`` elements, cut into tiles; see ``_backward_kernel``."""
-
-    rows: int
-    units: int
-    width: int
-    by_row: bool
-    tile_rows: int
-    tile_units: int
-    tiles: int
-    num_warps: int
-
-    @property
-    def strips(self) -> int:
-        return _cdiv(self.rows, self.tile_rows * self.tiles)
-
-    @property
-    def blocks(self) -> int:
-        return _cdiv(self.units, self.tile_units)
-
-
-def tiling_for(grad: torch.Tensor, channels_last: bool, config: Config | None = None) -> Tiling:
-    """All but the channels may be symbolic."""
-    N, C, *sizes = grad.shape
-    C, S = int(C), math.prod(sizes)
-    itemsize = grad.dtype.itemsize
-    config = config or choose_config(grad.numel() * itemsize)
-
-    by_row = not channels_last and guard_or_false(S >= SHORT_ROW)
-    if by_row:
-        rows, columns = N * C, S
-    elif channels_last:
-        rows, columns = N * S, C
-    else:
-        rows, columns = N, C * S
-
-    width = VECTOR_BYTES // itemsize
-    if not guard_or_false(columns % width == 0):
-        width, config = 1, CONFIGS[0]
-
-    # Where an element has an address or a sum of its own, it takes a register, as if all were fp32.
-    elements = config.tile_bytes // (itemsize if by_row and width > 1 else 4)
-    if by_row:
-        tile_columns = _row_tile(columns, elements)
-    else:
-        tile_columns = _column_tile(C, LEAST_ROW_BYTES // itemsize) if channels_last else WIDEST
-    return Tiling(
-        rows,
-        columns // width,
-        width,
-        by_row,
-        elements // tile_columns,
-        tile_columns // width,
-        1 if by_row else config.tiles,
-        config.num_warps,
-    )
-
-
-def _row_tile(S: int, elements: int) -> int:
-    """The longest part of a tile that leaves at most an eighth of the tiles empty."""
-    for columns in (elements, elements // 4):
-        if guard_or_false(8 * _cdiv(S, columns) * columns <= 9 * S):
-            return columns
-    return SHORT_ROW
-
-
-def _column_tile(C: int, least: int) -> int:
-    """The widest power of two that leaves at most a third of the tiles empty, or what leaves least."""
-    candidates = [min(triton.next_power_of_2(C), WIDEST)]
-    while candidates[-1] > least:
-        candidates.append(candidates[-1] // 2)
-    padded = {columns: _cdiv(C, columns) * columns for columns in candidates}
-    good = [columns for columns in candidates if 2 * padded[columns] <= 3 * C]
-    return good[0] if good else min(candidates, key=padded.__getitem__)
-
-
-def _cdiv(size: int, block: int) -> int:
-    return (size + block - 1) // block
 
 
 @triton.jit
@@ -325,24 +215,15 @@ def _check(grad: torch.Tensor, bits: torch.Tensor | None, scale: torch.Tensor | 
         return
     if bits.dtype != torch.uint8:
         raise TypeError(f"bits has dtype {bits.dtype}; allowed is torch.uint8")
-    if bits.dim() != 1 or bits.shape[0] != _cdiv(grad.numel(), 8):
+    if bits.dim() != 1 or bits.shape[0] != cdiv(grad.numel(), 8):
         raise ValueError(
             f"bits has shape {tuple(bits.shape)}; allowed is one bit an element, [ceil({grad.numel()} / 8)] = "
-            f"({_cdiv(grad.numel(), 8)},)"
+            f"({cdiv(grad.numel(), 8)},)"
         )
     if bits.device != grad.device:
         raise ValueError(f"bits is on {bits.device}; allowed is grad's device, {grad.device}")
     if not bits.is_contiguous():
         raise ValueError(f"bits has stride {bits.stride(0)}; allowed is 1: call .contiguous() on it")
-
-
-def _runs_kernel(grad: torch.Tensor) -> bool:
-    """As in ``epilogue``: on GPUs, but not for float64; under TRITON_INTERPRET=1 on all but fake tensors."""
-    if grad.dtype not in DTYPES:
-        return False
-    if isinstance(_backward_kernel, JITFunction):
-        return grad.device.type in ("cuda", "hip")
-    return type(grad) in (torch.Tensor, torch.nn.Parameter)
 
 
 def _backward(
@@ -360,7 +241,7 @@ def _backward(
     if grad.numel() == 0:
         passed, blocked = (grad.new_zeros(grad.shape[1] if each else 0, dtype=compute) for each in wanted)
         return empty(grad.shape, grad, channels_last), passed, blocked
-    if _runs_kernel(grad):
+    if runs(_backward_kernel, grad):
         grad = _laid_out(grad, channels_last)
         tiling = tiling_for(grad, channels_last)
         grad_x, *sums = launch(grad, bits, scale, scale_number, channels_last, *wanted, tiling)

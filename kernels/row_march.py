@@ -26,17 +26,14 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction
 
 from fusion_backend.kernels.coefficients import Coefficients, apply_coefficients, load_coefficient
+from fusion_backend.kernels.launching import takes_long_offsets, unit_of
+from fusion_backend.kernels.problem import Problem
 from fusion_backend.kernels.strips import Config, March, along_d, block_k_of, three_sizes, turned
 from fusion_backend.kernels.tf32 import round_to_tf32, rounded_to_tf32
-from fusion_backend.kernels.tiling import Problem
-
-# From so many elements on, offsets take 64 bits.
-LONG = 2**31
 
 
 @triton.jit
@@ -370,8 +367,7 @@ def launch(
         return
     N, _, *sizes = x.shape
     D, H, W = three_sizes(sizes)
-    # Triton by itself sees only whether 16 divides a size.
-    unit = next(unit for unit in (8, 4, 2, 1) if guard_or_false(W % unit == 0))
+    unit = unit_of(W)
     row, middle, column = turned(problem, problem.axes)
     kernel: Any = _row_march_kernel
     if isinstance(_row_march_kernel, JITFunction):
@@ -410,7 +406,7 @@ def launch(
         GROWTH_W=column.growth,
         MOVES_W=column.moves,
         TF32=problem.tf32,
-        LONG=any(guard_or_true(tensor.numel() >= LONG) for tensor in (x, out, packed)),
+        LONG=takes_long_offsets(x, out, packed),
         BLOCK_P=march.config.pixels,
         BLOCK_C=march.config.channels,
         BLOCK_K=block_k_of(problem),

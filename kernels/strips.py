@@ -14,7 +14,9 @@ import torch
 from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from fusion_backend.kernels.phases import Axis
-from fusion_backend.kernels.tiling import ENOUGH_PROGRAMS, NO_WASTE, SMALLEST_EDGE, Problem, next_power_of_2
+from fusion_backend.kernels.problem import SMALLEST_EDGE, Problem
+from fusion_backend.kernels.rounding import cdiv, next_power_of_2
+from fusion_backend.kernels.tiling import ENOUGH_PROGRAMS, NO_WASTE
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,3 @@ def turned(problem: Problem, values: Sequence[Any]) -> tuple[Any, Any, Any]:
 
 def three_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
     return (1,) * (3 - len(sizes)) + tuple(sizes)
-
-
-def cdiv(size: int, block: int) -> int:
-    return (size + block - 1) // block

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.fx.experimental.symbolic_shapes import guard_or_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
-from fusion_backend.kernels.phases import Axis
+from fusion_backend.kernels.problem import SMALLEST_EDGE, Problem
+from fusion_backend.kernels.rounding import cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,6 @@ CHANNEL_CONFIGS = (
     Config(1024, 1, 0, 4, 1),
 )
 
-SMALLEST_EDGE = 16  # of a product on the tensor cores
 SMALLEST_DEPTH = 64  # bytes
 MOST_WIDE = 8  # phases along W that fill a 32-byte sector of fp32
 MOST_JOINED = 4  # accumulators: more of them leave too few channels for each
@@ -77,39 +77,6 @@ ENOUGH_PROGRAMS = 264
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What the choice depends on. Channels are a group's; ``positions``, N * Q_d * Q_h * Q_w, may be symbolic."""
-
-    axes: tuple[Axis, ...]  # three: D, H, W
-    C_in: int
-    C_out: int
-    groups: int
-    positions: int
-    dtype: torch.dtype
-    x_last: bool
-    out_last: bool
-    tf32: bool
-    exact: bool  # float32 that no tensor core may touch
-    shared_limit: int
-
-    @property
-    def dot(self) -> bool:
-        """Whether tensor cores pay, which pad C_in and C_out to 16 each."""
-        return self.C_in * self.C_out > SMALLEST_EDGE
-
-    @property
-    def ahead(self) -> bool:
-        """Whether x is loaded into registers, one step ahead: 2 bytes at a time is too little for a copy past them."""
-        return self.dot and self.dtype.itemsize == 2 and not self.x_last and self.axes[2].moves
-
-    @property
-    def configs(self) -> tuple[Config, ...]:
-        if not self.dot:
-            return CHANNEL_CONFIGS
-        return EXACT_CONFIGS if self.exact else DOT_CONFIGS
-
-
-@dataclass(frozen=True)
 class Tiling:
     """A configuration cut to a problem: its columns are joined * shared phases times block_c channels."""
 
@@ -119,6 +86,12 @@ class Tiling:
     block_c: int
     block_k: int
     programs: int  # symbolic where the problem's positions are
+
+
+def configs_of(problem: Problem) -> tuple[Config, ...]:
+    if not problem.dot:
+        return CHANNEL_CONFIGS
+    return EXACT_CONFIGS if problem.exact else DOT_CONFIGS
 
 
 def choose_tiling(problem: Problem) -> Tiling:
@@ -132,7 +105,7 @@ def choose_tiling(problem: Problem) -> Tiling:
 
 def tilings(problem: Problem) -> Iterator[Tiling]:
     """Every configuration that fits, cut to the problem. There is always one."""
-    for config in problem.configs:
+    for config in configs_of(problem):
         tiling = tiling_for(problem, config)
         if tiling is not None:
             yield tiling
@@ -196,9 +169,26 @@ def _tiling(
     together = (shared[0], shared[1], shared[2] * joined)
     phases = math.prod(-(-axis.stride // size) for axis, size in zip(problem.axes, together, strict=True))
     runs, channels = (problem.groups, problem.C_out) if problem.dot else (1, problem.C_out * problem.groups)
-    rows = (problem.positions + config.rows - 1) // config.rows
+    rows = cdiv(problem.positions, config.rows)
     return Tiling(config, joined, shared, block_c, block_k, rows * phases * runs * -(-channels // block_c))
 
 
-def next_power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+def why_no_bits(problem: Problem, tiling: Tiling, W_out: int) -> str | None:
+    """Why the kernel cannot write the gate's bits beside an output whose rows have W_out elements; None: it can.
+
+    The 8 elements of a byte must be 8 neighbours in a row of one tile.
+    """
+    if problem.out_last:
+        channels = problem.C_out if problem.dot else problem.C_out * problem.groups
+        if channels % 8 or tiling.block_c % 8:
+            return f"{channels} channels, {tiling.block_c} a tile: they are not multiples of 8"
+        return None
+    axis = problem.axes[2]
+    wide = tiling.joined * tiling.shared[2]
+    if axis.stride % wide or (wide != axis.stride and wide % 8):
+        return f"{wide} phases of stride {axis.stride} a program are neither all nor a multiple of 8"
+    if tiling.config.rows * wide % 8:
+        return f"{tiling.config.rows} positions of {wide} phases are not a multiple of 8"
+    if not guard_or_false(W_out % 8 == 0) or not guard_or_false(cdiv(W_out, axis.stride) * wide % 8 == 0):
+        return f"rows of {W_out} elements are not made of whole bytes"
+    return None

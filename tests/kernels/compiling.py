@@ -10,7 +10,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,8 +21,11 @@ from unittest import mock
 
 import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fusion_backend.kernels import problem
 
 KIB = 1024
 
@@ -42,6 +46,29 @@ CHIPS = {
     "sm_120": Chip(GPUTarget("cuda", 120, 32), 99 * KIB),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * KIB),
 }
+
+
+TENSOR_CORES = {
+    "sm_80": r"\bHMMA\.",
+    "sm_89": r"\bHMMA\.",
+    "sm_90": r"\bHGMMA\.",
+    "sm_100": r"\bUTC\w*MMA",
+    "sm_120": r"\bHMMA\.",
+    "gfx942": r"\bv_mfma_",
+}
+
+
+@contextmanager
+def on_chip(name: str) -> Iterator[None]:
+    """Fake tensors are on a GPU of this kind, as far as the choice of a configuration looks at it."""
+    chip = CHIPS[name]
+    hip = "6.4" if chip.target.backend == "hip" else None
+    with (
+        FakeTensorMode(),
+        mock.patch.object(problem, "shared_memory_limit", return_value=chip.shared_limit),
+        mock.patch.object(torch.version, "hip", hip),
+    ):
+        yield
 
 
 @dataclass(frozen=True)

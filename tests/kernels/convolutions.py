@@ -1,10 +1,15 @@
-"""Transposed convolutions to test with: shapes and parameters, their tensors, and the public cases."""
+"""Transposed convolutions to test with: shapes and parameters, their tensors, what is right, and the public cases."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from fusion_backend.kernels.conv_transpose import CONV_TRANSPOSE, reference
+from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.phases import Axis
+from tests.kernels.implementations import Value
+from tests.kernels.layouts import laid_out
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,47 @@ class Conv:
         weight = torch.randn(self.x[1], self.C_out // self.groups, *kernel, generator=generator)
         return laid_out(x, last), weight.to(device, dtype)
 
+    def fakes(self, dtype: torch.dtype, x_last: bool, out_last: bool) -> tuple[torch.Tensor, ...]:
+        """x, weight and the output on a GPU, without values; for fake tensors."""
+        like = torch.empty(0, dtype=dtype, device="cuda")
+        kernel = self.kernel * (self.rank // len(self.kernel))
+        weight = empty((self.x[1], self.C_out // self.groups, *kernel), like, False)
+        return empty(self.x, like, x_last), weight, empty(self.y, like, out_last)
 
-def laid_out(x: torch.Tensor, last: bool) -> torch.Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x.contiguous()
+
+def coefficients(C: int, device: str) -> tuple[torch.Tensor, ...]:
+    """A scale, a shift and bounds for each channel; both bounds are hit, and neither always."""
+    generator = torch.Generator().manual_seed(C)
+    scale, shift = torch.randn(C, generator=generator), torch.randn(C, generator=generator)
+    lo, hi = -3 * torch.rand(C, generator=generator), 3 * torch.rand(C, generator=generator)
+    return tuple(value.to(device) for value in (scale, shift, lo, hi))
+
+
+def eager(x: torch.Tensor, weight: torch.Tensor, conv: Conv) -> torch.Tensor:
+    """The convolution alone, in x's dtype."""
+    axes = zip(*((axis.stride, axis.padding, axis.output_padding, axis.dilation) for axis in conv.axes), strict=True)
+    stride, padding, output_padding, dilation = axes
+    return CONV_TRANSPOSE[x.dim()](x, weight, None, stride, padding, output_padding, conv.groups, dilation)
+
+
+def assert_close(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    conv: Conv,
+    values: Sequence[Value] = (),
+    tf32: bool = False,
+) -> None:
+    """Within one rounding of the dtype, and of fp32 or TF32 for each term of the sum, of float64."""
+    exact = [value.double() if isinstance(value, torch.Tensor) else value for value in values]
+    scale = [abs(value) for value in exact[:1] if value is not None]
+    expected = reference(x.double(), weight.double(), conv.axes, conv.groups, *exact)
+    terms = reference(x.double().abs(), weight.double().abs(), conv.axes, conv.groups, *scale)
+    rounding = 2.0**-10 if tf32 and x.dtype == torch.float32 else 2.0**-20
+    bound = torch.finfo(y.dtype).eps * expected.abs() + rounding * (terms + 1)
+    wrong = ~((y.double() - expected).abs() <= bound)
+    assert y.shape == expected.shape
+    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} wrong, the first at {wrong.nonzero()[0].tolist()}"
 
 
 PUBLIC = {

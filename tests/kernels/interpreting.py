@@ -6,7 +6,7 @@ run, Triton is as it was before.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -61,15 +61,26 @@ class _Interpreted(InterpretedFunction):
 
 @contextmanager
 def _interpreted_standard_library() -> Iterator[None]:
-    """Part of ``tl`` (cdiv, zeros, ...) is itself written in Triton."""
-    with ExitStack() as stack:
-        for name, value in _STANDARD.items():
-            if isinstance(value, _Interpreted) and isinstance(getattr(tl, name, None), JITFunction):
-                stack.enter_context(mock.patch.object(tl, name, value))
+    """Part of ``tl`` (cdiv, zeros, ...) is itself written in Triton.
+
+    In ``tl.standard`` too: by the functions that stand there the interpreter knows a sum from any other reduction,
+    which it would work out one element at a time.
+    """
+    scope = interpreter._LangPatchScope()
+    try:
+        for place, name, value in _PATCHES:
+            scope.set_attr(place, name, value)
         yield
+    finally:
+        scope.restore()
 
 
-_STANDARD = _twin(tl.standard)
+_PATCHES = [
+    (place, name, value)
+    for name, value in _twin(tl.standard).items()
+    for place in (tl, tl.standard)
+    if isinstance(value, _Interpreted) and isinstance(getattr(place, name, None), JITFunction)
+]
 _cast_impl = InterpreterBuilder.cast_impl
 
 

@@ -2,10 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -13,16 +10,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-import triton
-
 from fusion_backend.kernels import epilogue as kernels
 from fusion_backend.kernels import epilogue_backward as backward
-from fusion_backend.kernels.epilogue import FLAT_CONFIGS, TRANSPOSE_CONFIGS, VECTOR_BYTES, Config
-from fusion_backend.kernels.epilogue_backward import CONFIGS as BACKWARD_CONFIGS
-from fusion_backend.kernels.epilogue_backward import Config as BackwardConfig
+from fusion_backend.kernels.blocks import FLAT_CONFIGS, TRANSPOSE_CONFIGS, VECTOR_BYTES, Config
 from fusion_backend.kernels.gate import Gate
 from fusion_backend.kernels.layout import empty
+from fusion_backend.kernels.matrix import CONFIGS as BACKWARD_CONFIGS
+from fusion_backend.kernels.matrix import Config as BackwardConfig
 from tests.kernels.compiling import CHIPS, Compiled, Launch, compile_launch, record_launches
+from tests.kernels.inductor import assert_written_out_again, written_to
 
 every_chip = pytest.mark.parametrize("chip", CHIPS)
 
@@ -309,26 +305,6 @@ def test_what_inductor_writes_out_again_of_bits_and_the_backward_compiles_to_the
         assert_written_out_again(backward_launch_of(*case, torch.bfloat16), tmp_path)
 
 
-def assert_written_out_again(launch: Launch, tmp_path: Path) -> None:
-    wrapper = pytest.importorskip("torch._inductor.codegen.wrapper")
-    source = wrapper.user_defined_triton_kernel_transitive_closure_source_code(launch.kernel)
-    path = tmp_path / "again.py"
-    path.write_text(f"import triton\nimport triton.language as tl\n\n@triton.jit\n{source}")
-    spec = spec_from_file_location("again", path)
-    again = module_from_spec(spec)
-    spec.loader.exec_module(again)
-    copy = Launch(getattr(again, launch.kernel.__name__), launch.grid, launch.arguments, launch.options)
-    ours, theirs = (compile_launch(each, CHIPS["sm_90"]) for each in (launch, copy))
-    assert theirs == ours
-
-
-class _Driver:
-    """Enough of a driver for Triton to write a kernel down, as Inductor has it do to see what it writes to."""
-
-    def get_current_target(self) -> object:
-        return CHIPS["sm_90"].target
-
-
 @pytest.mark.parametrize(
     ("case", "to_last"),
     [(ROWS, False), (PIXELS, True), (UNITS, False), (ELEMENTS, False), (ROWS, True), (PIXELS, False)],
@@ -349,11 +325,3 @@ def test_inductor_sees_that_only_the_output_is_written(case: tuple[tuple[int, ..
 def test_inductor_sees_that_only_the_outputs_of_the_backward_are_written(case: tuple[tuple[int, ...], bool]) -> None:
     launch = backward_launch_of(*case, torch.float32, sums=(True, True))
     assert written_to(launch) == ["grad_x_ptr", "passed_ptr", "blocked_ptr"]
-
-
-def written_to(launch: Launch) -> list[str]:
-    wrapping = pytest.importorskip("torch._higher_order_ops.triton_kernel_wrap")
-    kernel = wrapping.kernel_side_table.add_kernel(launch.kernel)
-    constants = wrapping.kernel_side_table.add_constant_args({})
-    with mock.patch.object(triton.runtime, "driver", SimpleNamespace(active=_Driver())):
-        return wrapping.get_mutated_tensors(kernel, constants, launch.arguments, {})

@@ -2,35 +2,21 @@
 
 import re
 from collections.abc import Iterator
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-import triton
-
-from fusion_backend.kernels import conv_transpose, row_march, strips
+from fusion_backend.kernels import row_march, strips
 from fusion_backend.kernels.coefficients import coefficients_for
-from fusion_backend.kernels.layout import empty
+from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.strips import CONFIGS, Config, choose_march, configs_for, march_for, why_not
-from fusion_backend.kernels.tiling import Problem
-from tests.kernels.compiling import CHIPS, Compiled, Launch, compile_launch, record_launches
+from tests.kernels.compiling import CHIPS, TENSOR_CORES, Compiled, Launch, compile_launch, on_chip, record_launches
 from tests.kernels.convolutions import PUBLIC, Conv
+from tests.kernels.inductor import assert_written_out_again, written_to
 
-TENSOR_CORES = {
-    "sm_80": r"\bHMMA\.",
-    "sm_89": r"\bHMMA\.",
-    "sm_90": r"\bHGMMA\.",
-    "sm_100": r"\bUTC\w*MMA",
-    "sm_120": r"\bHMMA\.",
-    "gfx942": r"\bv_mfma_",
-}
 FEW = Conv((16, 32, 64, 64), 32, (4,), (2,), (1,))
 
 # Convolution, dtype, x channels_last, output channels_last: a configuration is compiled for the first that it fits.
@@ -48,18 +34,9 @@ def launch_of(
     conv: Conv, dtype: torch.dtype, x_last: bool, out_last: bool, chip: str, config: Config | None = None
 ) -> tuple[Launch, Problem] | None:
     """The launch with a shift for each channel and two bounds, as on ``chip``; None where ``config`` does not fit."""
-    hip = "6.4" if CHIPS[chip].target.backend == "hip" else None
-    limit = CHIPS[chip].shared_limit
-    with (
-        FakeTensorMode(),
-        mock.patch.object(conv_transpose, "shared_memory_limit", return_value=limit),
-        mock.patch.object(torch.version, "hip", hip),
-    ):
-        like = torch.empty(0, dtype=dtype, device="cuda")
-        x, out = empty(conv.x, like, x_last), empty(conv.y, like, out_last)
-        kernel = conv.kernel * (conv.rank // len(conv.kernel))
-        weight = empty((conv.x[1], conv.C_out, *kernel), like, False)
-        problem = conv_transpose.problem_for(x, weight, conv.axes, conv.groups, out_last, True)
+    with on_chip(chip):
+        x, weight, out = conv.fakes(dtype, x_last, out_last)
+        problem = problem_for(x, weight, conv.axes, conv.groups, out_last, True)
         tensor_memory = chip == "sm_100"
         if why_not(problem, tensor_memory) or (config and config not in configs_for(problem, tensor_memory)):
             return None
@@ -163,30 +140,15 @@ def test_tensor_core_products_on_hopper_are_not_made_to_wait_for_each_other(dtyp
 
 
 def test_what_inductor_writes_out_again_compiles_to_the_same(tmp_path: Path) -> None:
-    """Inductor copies a kernel's source, and what that refers to, into a module of its own."""
-    wrapper = pytest.importorskip("torch._inductor.codegen.wrapper")
     launch, _ = launch_of(PUBLIC["seed"], torch.float32, False, False, "sm_90")
-    source = wrapper.user_defined_triton_kernel_transitive_closure_source_code(launch.kernel)
-    path = tmp_path / "again.py"
-    path.write_text(f"import triton\nimport triton.language as tl\n\n@triton.jit\n{source}")
-    spec = spec_from_file_location("again", path)
-    again = module_from_spec(spec)
-    spec.loader.exec_module(again)
-    copy = Launch(getattr(again, launch.kernel.__name__), launch.grid, launch.arguments, launch.options)
-    ours, theirs = (compile_launch(each, CHIPS["sm_90"]) for each in (launch, copy))
-    assert theirs == ours
+    assert_written_out_again(launch, tmp_path)
 
 
 @pytest.mark.parametrize("use", USES[:3], ids=str)
 def test_inductor_sees_that_only_the_output_is_written(use: tuple) -> None:
     """Otherwise it would copy x, the weight and all coefficients first."""
-    wrapping = pytest.importorskip("torch._higher_order_ops.triton_kernel_wrap")
     launch, _ = launch_of(*use, "sm_90")
-    kernel = wrapping.kernel_side_table.add_kernel(launch.kernel)
-    constants = wrapping.kernel_side_table.add_constant_args({})
-    driver = SimpleNamespace(get_current_target=lambda: CHIPS["sm_90"].target)
-    with mock.patch.object(triton.runtime, "driver", SimpleNamespace(active=driver)):
-        assert wrapping.get_mutated_tensors(kernel, constants, launch.arguments, {}) == ["out_ptr"]
+    assert written_to(launch) == ["out_ptr"]
 
 
 def test_what_inductor_hands_over_in_float64_compiles_to_the_same() -> None:

@@ -23,17 +23,17 @@ pytest.importorskip("triton")
 import triton
 
 from fusion_backend.kernels import conv_transpose as kernels
+from fusion_backend.kernels import launching
 from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.conv_transpose import reference
 from fusion_backend.kernels.gate import Gate, pack, passes
 from fusion_backend.kernels.layout import empty
-from fusion_backend.kernels.tiling import Problem, Tiling, choose_tiling, tilings
-from tests.kernels.convolutions import PUBLIC, Conv, laid_out
+from fusion_backend.kernels.problem import Problem, problem_for
+from fusion_backend.kernels.tiling import Tiling, choose_tiling, tilings
+from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager
+from tests.kernels.implementations import DTYPES, Value, every, every_device, split
 from tests.kernels.interpreting import interpreted
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-Value = torch.Tensor | float | None
+from tests.kernels.layouts import is_laid_out, laid_out, unflattened
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ class Implementation:
     def problem(
         self, x: torch.Tensor, weight: torch.Tensor, conv: Conv, last: bool, allow_tf32: bool = True
     ) -> Problem:
-        module = self.twin or kernels
-        return module.problem_for(x, weight, conv.axes, conv.groups, last, allow_tf32)
+        return problem_for(x, weight, conv.axes, conv.groups, last, allow_tf32, compiled=not self.twin)
 
     def launch(
         self,
@@ -88,56 +87,12 @@ class Implementation:
             module.launch(out, x, module.pack(weight, problem, tiling), problem, tiling, given)
 
 
-def split(values: tuple[Value, ...]) -> tuple[tuple[torch.Tensor | None, ...], tuple[Any, ...]]:
-    """The operator's tensors and numbers, from one value per coefficient."""
-    values = (*values, None, None, None, None)[:4]
-    tensors = tuple(value if isinstance(value, torch.Tensor) else None for value in values)
-    missing = (1.0, 0.0, None, None)
-    numbers = tuple(v if isinstance(v, float) else none for v, none in zip(values, missing, strict=True))
-    return tensors, numbers
-
-
 ON_CPU = Implementation("cpu")
 INTERPRETED = Implementation("cpu", interpreted(kernels))
 ON_GPU = Implementation("cuda")
 
-GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
-KERNEL_RUNNERS = [pytest.param(INTERPRETED, id="interpreter"), pytest.param(ON_GPU, id="gpu", marks=GPU_MARKS)]
-every_kernel = pytest.mark.parametrize("run", KERNEL_RUNNERS)
-every_implementation = pytest.mark.parametrize("run", [pytest.param(ON_CPU, id="operator"), *KERNEL_RUNNERS])
-
-
-def is_laid_out(x: torch.Tensor, last: bool) -> bool:
-    return (x.movedim(1, -1) if last else x).is_contiguous()
-
-
-def coefficients(C: int, device: str) -> tuple[Value, ...]:
-    """A scale, a shift and bounds for each channel; both bounds are hit, and neither always."""
-    generator = torch.Generator().manual_seed(C)
-    scale = torch.randn(C, generator=generator)
-    shift = torch.randn(C, generator=generator)
-    lo, hi = -3 * torch.rand(C, generator=generator), 3 * torch.rand(C, generator=generator)
-    return tuple(value.to(device) for value in (scale, shift, lo, hi))
-
-
-def assert_close(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    conv: Conv,
-    values: tuple[Value, ...] = (),
-    tf32: bool = False,
-) -> None:
-    """Within one rounding of the dtype, and of fp32 or TF32 for each term of the sum, of float64."""
-    exact = [value.double() if isinstance(value, torch.Tensor) else value for value in values]
-    scale = [abs(value) for value in exact[:1] if value is not None]
-    expected = reference(x.double(), weight.double(), conv.axes, conv.groups, *exact)
-    terms = reference(x.double().abs(), weight.double().abs(), conv.axes, conv.groups, *scale)
-    rounding = 2.0**-10 if tf32 and x.dtype == torch.float32 else 2.0**-20
-    bound = torch.finfo(y.dtype).eps * expected.abs() + rounding * (terms + 1)
-    wrong = ~((y.double() - expected).abs() <= bound)
-    assert y.shape == expected.shape
-    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} wrong, the first at {wrong.nonzero()[0].tolist()}"
+every_kernel = every(interpreter=INTERPRETED, gpu=ON_GPU)
+every_implementation = every(operator=ON_CPU, interpreter=INTERPRETED, gpu=ON_GPU)
 
 
 def check(
@@ -183,14 +138,15 @@ GATED = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("conv", "possible"), GATED.values(), ids=GATED)
 def test_the_bits_of_a_gate(run: Implementation, conv: Conv, possible: tuple[bool, bool], dtype: torch.dtype) -> None:
-    """On whole numbers, with which every sum is exact and both bounds are hit."""
+    """On whole numbers, with which every sum is exact and both bounds are hit. Dtypes swap the gates of the layouts."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randint(-2, 3, t.shape, generator=generator) for t in conv.tensors(dtype, "cpu"))
     shift = torch.randint(-2, 3, (conv.C_out,), generator=generator)
     x, weight, shift = x.to(run.device, dtype), weight.to(run.device, dtype), shift.to(run.device, torch.float32)
     values = (None, shift, -1.0, 3.0)
     z = reference(x, weight, conv.axes, conv.groups, None, shift)
-    for (last, written), gate in itertools.product(enumerate(possible), (Gate(True, False, False), Gate(False, True))):
+    gates = (Gate(True, False, False), Gate(False, True))
+    for last, written, gate in zip((0, 1), possible, gates if dtype == torch.float32 else gates[::-1], strict=True):
         result = run.gated(laid_out(x, bool(last)), weight, conv, values, bool(last), gate)
         assert (result is not None) == written
         if result is not None:
@@ -329,15 +285,10 @@ def test_every_configuration_writes_every_element_and_nothing_else(run: Implemen
             assert memory[-64:].isnan().all()
 
 
-def unflattened(memory: torch.Tensor, shape: tuple[int, ...], last: bool) -> torch.Tensor:
-    return memory.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if last else memory.view(shape)
-
-
 @every_kernel
 @pytest.mark.parametrize("conv", [K3S2, K16S8, DEPTHWISE], ids=["k3s2", "k16s8", "depthwise"])
 def test_offsets_of_64_bits(run: Implementation, conv: Conv) -> None:
-    module = run.twin or kernels
-    with mock.patch.dict(module.launch.__globals__, LONG=0):
+    with mock.patch.object(launching, "LONG", 0):
         for from_last, to_last in itertools.product((False, True), repeat=2):
             check(run, conv, torch.float32, from_last, to_last)
 
@@ -512,7 +463,7 @@ def test_the_operator_has_the_agreed_schema() -> None:
     )
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu"), pytest.param("cuda", marks=GPU_MARKS)])
+@every_device
 @pytest.mark.parametrize("conv", [K3S2, K16S8, K2S2_3D, DEPTHWISE], ids=["2d", "1d", "3d", "depthwise"])
 def test_opcheck(conv: Conv, device: str) -> None:
     for last in (False, True):
@@ -596,24 +547,8 @@ print(*ran)
     assert run.stdout == "_conv_transpose_kernel\n", run.stderr
 
 
-@pytest.fixture(params=[pytest.param("cuda", marks=GPU_MARKS)])
-def empty_gpu(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A GPU's name, for what takes one; nothing of other tests is kept in its memory."""
-    torch.cuda.empty_cache()
-    yield request.param
-    torch.cuda.empty_cache()
-
-
 every_public_case = pytest.mark.parametrize("conv", PUBLIC.values(), ids=PUBLIC)
 every_layout = pytest.mark.parametrize(("from_last", "to_last"), list(itertools.product((False, True), repeat=2)))
-
-
-def eager(x: torch.Tensor, weight: torch.Tensor, conv: Conv) -> torch.Tensor:
-    """The convolution alone, in x's dtype."""
-    axes = zip(*((axis.stride, axis.padding, axis.output_padding, axis.dilation) for axis in conv.axes), strict=True)
-    stride, padding, output_padding, dilation = axes
-    function = kernels.CONV_TRANSPOSE[x.dim()]
-    return function(x, weight, None, stride, padding, output_padding, conv.groups, dilation)
 
 
 @pytest.mark.usefixtures("empty_gpu")

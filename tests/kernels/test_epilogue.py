@@ -5,8 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,24 +17,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton")
 
-import triton.language as tl
-
 from fusion_backend.kernels import epilogue as kernels
-from fusion_backend.kernels.epilogue import FLAT_CONFIGS, TRANSPOSE_CONFIGS, Config, reference
+from fusion_backend.kernels.blocks import FLAT_CONFIGS, TRANSPOSE_CONFIGS, VECTOR_BYTES, Config, choose_config
+from fusion_backend.kernels.epilogue import reference
 from fusion_backend.kernels.gate import Gate, pack, passes, unpack
-from tests.kernels import interpreting
+from tests.kernels.implementations import DTYPES, Value, every, every_device, split
 from tests.kernels.interpreting import interpreted
+from tests.kernels.layouts import is_laid_out, laid_out
 from tests.kernels.test_gate import GATES, on_and_around
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NAMES = ("scale", "shift", "lo", "hi")
-
-Value = torch.Tensor | float | None
-
-
-def sums_by_numpy() -> AbstractContextManager[object]:
-    """The interpreter knows a sum by its function, and would call that of a twin for every element."""
-    return mock.patch.object(tl.standard, "_sum_combine", interpreting._STANDARD["_sum_combine"])
 
 
 @dataclass(frozen=True)
@@ -60,41 +48,22 @@ class Implementation:
             assert torch.ops.fused_post.epilogue_(x, *tensors, *numbers) is None
 
     def gated(self, y: torch.Tensor, values: tuple[Value, ...], gate: Gate | None) -> torch.Tensor:
-        with mock.patch.object(kernels, "wrap_triton", lambda kernel: kernel), sums_by_numpy():
+        with mock.patch.object(kernels, "wrap_triton", lambda kernel: kernel):
             return (self.twin or kernels).gated_(y, *split(values), gate)
 
     def launch(self, out: torch.Tensor, x: torch.Tensor, values: list[Value], config: Config, *bits: Any) -> None:
         module = self.twin or kernels
-        given = module.coefficients_for(x, *split(tuple(values)))
-        with mock.patch.object(kernels, "wrap_triton", lambda kernel: kernel), sums_by_numpy():
+        given = module.coefficients_for(x, *split(values))
+        with mock.patch.object(kernels, "wrap_triton", lambda kernel: kernel):
             module.launch(out, x, given, config, *bits)
-
-
-def split(values: tuple[Value, ...]) -> tuple[tuple[torch.Tensor | None, ...], tuple[Any, ...]]:
-    """The operator's tensors and numbers, from one value per coefficient."""
-    values = (*values, None, None, None, None)[:4]
-    tensors = tuple(value if isinstance(value, torch.Tensor) else None for value in values)
-    missing = (1.0, 0.0, None, None)
-    numbers = tuple(v if isinstance(v, float) else none for v, none in zip(values, missing, strict=True))
-    return tensors, numbers
 
 
 ON_CPU = Implementation("cpu")
 INTERPRETED = Implementation("cpu", interpreted(kernels))
 ON_GPU = Implementation("cuda")
 
-GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
-KERNEL_RUNNERS = [pytest.param(INTERPRETED, id="interpreter"), pytest.param(ON_GPU, id="gpu", marks=GPU_MARKS)]
-every_kernel = pytest.mark.parametrize("run", KERNEL_RUNNERS)
-every_implementation = pytest.mark.parametrize("run", [pytest.param(ON_CPU, id="operator"), *KERNEL_RUNNERS])
-
-
-def laid_out(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
-
-
-def is_laid_out(x: torch.Tensor, channels_last: bool) -> bool:
-    return (x.movedim(1, -1) if channels_last else x).is_contiguous()
+every_kernel = every(interpreter=INTERPRETED, gpu=ON_GPU)
+every_implementation = every(operator=ON_CPU, interpreter=INTERPRETED, gpu=ON_GPU)
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> torch.Tensor:
@@ -507,10 +476,7 @@ def test_the_operators_have_the_agreed_schemas() -> None:
     )
 
 
-OPCHECK_DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=GPU_MARKS)]
-
-
-@pytest.mark.parametrize("device", OPCHECK_DEVICES)
+@every_device
 @pytest.mark.parametrize("from_last", [False, True])
 @pytest.mark.parametrize("shape", [(2, 5, 7), (2, 8, 4, 4), (1, 3, 2, 3, 4)], ids=["1d", "2d", "3d"])
 def test_opcheck(shape: tuple[int, ...], from_last: bool, device: str) -> None:
@@ -626,7 +592,7 @@ print(*ran[:3])
 
 def test_small_tensors_get_small_blocks_and_large_ones_large_blocks() -> None:
     for transposing, table in ((False, FLAT_CONFIGS), (True, TRANSPOSE_CONFIGS)):
-        chosen = [kernels.choose_config(transposing, size) for size in (0, 2**20, 2**24, 2**27, 2**31, 2**40)]
+        chosen = [choose_config(transposing, size) for size in (0, 2**20, 2**24, 2**27, 2**31, 2**40)]
         assert set(chosen) <= set(table)
         sizes = [config.block_bytes for config in chosen]
         assert sizes == sorted(sizes)
@@ -635,16 +601,8 @@ def test_small_tensors_get_small_blocks_and_large_ones_large_blocks() -> None:
 
 def test_configurations_are_whole_vectors_a_thread() -> None:
     for config in (*FLAT_CONFIGS, *TRANSPOSE_CONFIGS):
-        assert config.block_bytes % (kernels.VECTOR_BYTES * 32 * config.num_warps) == 0
+        assert config.block_bytes % (VECTOR_BYTES * 32 * config.num_warps) == 0
         assert config.block_bytes & (config.block_bytes - 1) == 0
-
-
-@pytest.fixture(params=[pytest.param("cuda", marks=GPU_MARKS)])
-def empty_gpu(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A GPU's name, for what takes one; nothing of other tests is kept in its memory."""
-    torch.cuda.empty_cache()
-    yield request.param
-    torch.cuda.empty_cache()
 
 
 def wrong_elements(actual: torch.Tensor, expected: torch.Tensor) -> int:

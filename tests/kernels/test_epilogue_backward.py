@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -15,16 +14,18 @@ from torch.fx.experimental.proxy_tensor import make_fx
 pytest.importorskip("triton")
 
 from fusion_backend.kernels import epilogue_backward as kernels
-from fusion_backend.kernels.epilogue_backward import CONFIGS, Config
+from fusion_backend.kernels import matrix
+from fusion_backend.kernels.blocks import ENOUGH_PROGRAMS
 from fusion_backend.kernels.gate import pack, unpack
 from fusion_backend.kernels.layout import empty
+from fusion_backend.kernels.matrix import CONFIGS, Config, tiling_for
+from fusion_backend.kernels.rounding import cdiv
 from tests.kernels.compiling import record_launches
+from tests.kernels.implementations import DTYPES, Value, every, every_device
 from tests.kernels.interpreting import interpreted
-from tests.kernels.test_epilogue import GPU_MARKS, OPCHECK_DEVICES, SIZES, is_laid_out, laid_out, random, sums_by_numpy
+from tests.kernels.layouts import is_laid_out, laid_out
+from tests.kernels.test_epilogue import SIZES, random
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-Value = torch.Tensor | float | None
 Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -49,13 +50,12 @@ class Implementation:
         rest = (tensor, number, channels_last, sum_passed, sum_blocked)
         if self.twin is None:
             return torch.ops.fused_post.epilogue_backward(grad, bits, *rest)
-        with sums_by_numpy():
-            return self.twin._backward(grad, bits, *rest)
+        return self.twin._backward(grad, bits, *rest)
 
     def launch(self, grad: torch.Tensor, bits: torch.Tensor, channels_last: bool, config: Config) -> Results:
         module = self.twin or kernels
-        tiling = module.tiling_for(grad, channels_last, config)
-        with mock.patch.object(kernels, "wrap_triton", lambda kernel: kernel), sums_by_numpy():
+        tiling = tiling_for(grad, channels_last, config)
+        with mock.patch.object(kernels, "wrap_triton", lambda kernel: kernel):
             return module.launch(grad, bits, None, 1.0, channels_last, True, True, tiling)
 
 
@@ -63,9 +63,8 @@ ON_CPU = Implementation("cpu")
 INTERPRETED = Implementation("cpu", interpreted(kernels))
 ON_GPU = Implementation("cuda")
 
-KERNEL_RUNNERS = [pytest.param(INTERPRETED, id="interpreter"), pytest.param(ON_GPU, id="gpu", marks=GPU_MARKS)]
-every_kernel = pytest.mark.parametrize("run", KERNEL_RUNNERS)
-every_implementation = pytest.mark.parametrize("run", [pytest.param(ON_CPU, id="operator"), *KERNEL_RUNNERS])
+every_kernel = every(interpreter=INTERPRETED, gpu=ON_GPU)
+every_implementation = every(operator=ON_CPU, interpreter=INTERPRETED, gpu=ON_GPU)
 
 
 def mask(shape: tuple[int, ...], device: str, seed: int = 1) -> torch.Tensor:
@@ -304,7 +303,7 @@ def test_the_operator_has_the_agreed_schema() -> None:
     )
 
 
-@pytest.mark.parametrize("device", OPCHECK_DEVICES)
+@every_device
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(2, 5, 7), (2, 8, 4, 4), (1, 3, 2, 3, 4)], ids=["1d", "2d", "3d"])
 def test_opcheck(shape: tuple[int, ...], channels_last: bool, device: str) -> None:
@@ -349,7 +348,7 @@ def test_sizes_that_vary_are_traced_into_one_launch(channels_last: bool) -> None
         bits = grad.new_empty((grad.numel() + 7) // 8, dtype=torch.uint8)
         return kernels._backward(grad, bits, None, 2.0, channels_last, True, True)
 
-    with mock.patch.object(kernels, "_runs_kernel", return_value=True):
+    with mock.patch.object(kernels, "runs", return_value=True):
         graph = make_fx(backward, tracing_mode="symbolic")(x)
     launches = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
     assert len(launches) == 1
@@ -363,31 +362,31 @@ def test_partial_sums_are_small_against_the_tensor(dtype: torch.dtype, channels_
     with FakeTensorMode():
         grad = empty(shape, torch.empty(0, dtype=dtype, device="cuda"), channels_last)
         bits = torch.empty(grad.numel() // 8, dtype=torch.uint8, device="cuda")
-        tiling = kernels.tiling_for(grad, channels_last)
+        tiling = tiling_for(grad, channels_last)
         (launch,) = record_launches(
             kernels, lambda: kernels.launch(grad, bits, None, 1.0, channels_last, True, True, tiling)
         )
     parts = [launch.arguments[name] for name in ("passed_ptr", "blocked_ptr")]
     assert sum(part.numel() * part.itemsize for part in parts) < 0.01 * grad.numel() * grad.itemsize
-    assert launch.grid[0] >= 8 * kernels.ENOUGH_PROGRAMS
+    assert launch.grid[0] >= 8 * ENOUGH_PROGRAMS
 
 
 def test_a_tile_of_many_short_rows() -> None:
     """512 channels of 4 x 4 pixels: no program is spent on a row of 16 elements."""
     with FakeTensorMode():
-        tiling = kernels.tiling_for(torch.empty(128, 512, 4, 4, device="cuda"), False)
+        tiling = tiling_for(torch.empty(128, 512, 4, 4, device="cuda"), False)
     assert (tiling.width, tiling.tile_rows * tiling.tile_units * tiling.width) == (4, 1024)
     assert tiling.strips * tiling.blocks == 128 * 512 * 16 // 1024
 
 
 def test_tiles_leave_little_of_themselves_empty() -> None:
     for C in (1, 3, 4, 20, 64, 65, 96, 100, 129, 192, 320, 2050):
-        columns = kernels._column_tile(C, 32)
-        assert columns <= kernels.WIDEST and columns & (columns - 1) == 0
-        assert 2 * kernels._cdiv(C, columns) * columns <= 3 * C or columns == 32
+        columns = matrix._column_tile(C, 32)
+        assert columns <= matrix.WIDEST and columns & (columns - 1) == 0
+        assert 2 * cdiv(C, columns) * columns <= 3 * C or columns == 32
     for S in (1, 128, 196, 784, 1025, 3136, 10000, 65536):
-        columns = kernels._row_tile(S, 4096)
-        assert 8 * kernels._cdiv(S, columns) * columns <= 9 * S or columns == kernels.SHORT_ROW
+        columns = matrix._row_tile(S, 4096)
+        assert 8 * cdiv(S, columns) * columns <= 9 * S or columns == matrix.SHORT_ROW
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -400,14 +399,6 @@ def test_on_a_cpu_inductor_fuses_the_reference(channels_last: bool) -> None:
         return torch.ops.fused_post.epilogue_backward(grad * 1, bits, None, 2.0, channels_last, True, True)
 
     assert_exact(backward(grad, pack(passing, channels_last)), grad, passing, 2.0, channels_last)
-
-
-@pytest.fixture(params=[pytest.param("cuda", marks=GPU_MARKS)])
-def empty_gpu(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A GPU's name, for what takes one; nothing of other tests is kept in its memory."""
-    torch.cuda.empty_cache()
-    yield request.param
-    torch.cuda.empty_cache()
 
 
 @pytest.mark.usefixtures("empty_gpu")

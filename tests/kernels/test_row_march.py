@@ -14,23 +14,22 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 pytest.importorskip("triton")
 
-from fusion_backend.kernels import conv_transpose, row_march, strips
+from fusion_backend.kernels import launching, problem, row_march, strips
 from fusion_backend.kernels.coefficients import coefficients_for
 from fusion_backend.kernels.coefficients import reference as pointwise
-from fusion_backend.kernels.conv_transpose import CONV_TRANSPOSE, problem_for, reference
+from fusion_backend.kernels.conv_transpose import reference
 from fusion_backend.kernels.layout import empty
+from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.strips import CONFIGS, Config, choose_march, configs_for, march_for, why_not
-from fusion_backend.kernels.tiling import Problem
 from tests.kernels.compiling import record_launches
-from tests.kernels.convolutions import PUBLIC, Conv, laid_out
+from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager
+from tests.kernels.implementations import DTYPES, Value, every, split
 from tests.kernels.interpreting import interpreted
+from tests.kernels.layouts import laid_out, unflattened
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = tuple(itertools.product((False, True), repeat=2))
 HOPPER, ADA = 227 * 1024, 99 * 1024
 NARROW = Config(64, 16, 4, 2)
-
-Value = torch.Tensor | float | None
 
 
 @dataclass(frozen=True)
@@ -86,51 +85,14 @@ class Run:
 INTERPRETED = Run("cpu", interpreted(row_march))
 ON_GPU = Run("cuda")
 
-GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
-every_run = pytest.mark.parametrize(
-    "run", [pytest.param(INTERPRETED, id="interpreter"), pytest.param(ON_GPU, id="gpu", marks=GPU_MARKS)]
-)
-
-
-def split(values: Sequence[Value]) -> tuple[tuple[torch.Tensor | None, ...], tuple[Any, ...]]:
-    """Tensors and numbers, from one value per coefficient."""
-    values = (*values, None, None, None, None)[:4]
-    tensors = tuple(value if isinstance(value, torch.Tensor) else None for value in values)
-    missing = (1.0, 0.0, None, None)
-    return tensors, tuple(v if isinstance(v, float) else none for v, none in zip(values, missing, strict=True))
-
-
-def unflattened(memory: torch.Tensor, shape: tuple[int, ...], last: bool) -> torch.Tensor:
-    return memory.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if last else memory.view(shape)
-
-
-def coefficients(C: int, device: str) -> tuple[torch.Tensor, ...]:
-    """A scale, a shift and bounds for each channel; both bounds are hit, and neither always."""
-    generator = torch.Generator().manual_seed(C)
-    scale, shift = torch.randn(C, generator=generator), torch.randn(C, generator=generator)
-    lo, hi = -3 * torch.rand(C, generator=generator), 3 * torch.rand(C, generator=generator)
-    return tuple(value.to(device) for value in (scale, shift, lo, hi))
-
-
-def assert_close(
-    y: torch.Tensor, conv: Conv, x: torch.Tensor, weight: torch.Tensor, values: Sequence[Value] = ()
-) -> None:
-    """Within one rounding of the dtype, and of fp32, on a GPU TF32, for each term of the sum, of float64."""
-    exact = [value.double() if isinstance(value, torch.Tensor) else value for value in values]
-    scale = [abs(value) for value in exact[:1] if value is not None]
-    expected = reference(x.double(), weight.double(), conv.axes, conv.groups, *exact)
-    terms = reference(x.double().abs(), weight.double().abs(), conv.axes, conv.groups, *scale)
-    rounding = 2.0**-10 if x.dtype == torch.float32 and x.device.type == "cuda" else 2.0**-20
-    wrong = ~((y.double() - expected).abs() <= torch.finfo(y.dtype).eps * expected.abs() + rounding * (terms + 1))
-    assert y.shape == expected.shape
-    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} wrong, the first at {wrong.nonzero()[0].tolist()}"
+every_run = every(interpreter=INTERPRETED, gpu=ON_GPU)
 
 
 def check(run: Run, conv: Conv, dtype: torch.dtype, from_last: bool, to_last: bool, **options: Any) -> None:
     x, weight = conv.tensors(dtype, run.device, from_last)
     values = coefficients(conv.C_out, run.device)
     y = run(conv, x, weight, values, to_last, **options)
-    assert_close(y, conv, x, weight, values)
+    assert_close(y, x, weight, conv, values, tf32=x.is_cuda)
 
 
 def along_one_dimension() -> list[tuple[int, int, int, int]]:
@@ -231,8 +193,7 @@ def test_any_size(run: Run, conv: Conv) -> None:
 @every_run
 @pytest.mark.parametrize("name", ["k3s2", "k2s2_3d"])
 def test_offsets_of_64_bits(run: Run, name: str) -> None:
-    module = run.twin or row_march
-    with mock.patch.dict(module.launch.__globals__, LONG=0):
+    with mock.patch.object(launching, "LONG", 0):
         for from_last, to_last in LAYOUTS:
             check(run, KINDS[name], torch.float32, from_last, to_last)
 
@@ -246,7 +207,7 @@ def test_every_coefficient_can_be_missing_a_number_or_a_tensor(run: Run) -> None
     tensors, numbers, none = coefficients(4, run.device), (-1.7, 0.3, -0.9, 0.8), (None,) * 4
     for first, second in itertools.product((none, numbers, tensors), repeat=2):
         values = (first[0], second[1], first[2], second[3])
-        assert_close(run(SMALL, x, weight, values), SMALL, x, weight, values)
+        assert_close(run(SMALL, x, weight, values), x, weight, SMALL, values, tf32=x.is_cuda)
 
 
 @every_run
@@ -282,15 +243,13 @@ def test_addresses_that_16_does_not_divide(run: Run) -> None:
     for last in (False, True):
         x = unflattened(memory[1:], conv.x, last)
         _, weight = conv.tensors(torch.bfloat16, run.device)
-        assert_close(run(conv, x, weight, last=last), conv, x, weight)
+        assert_close(run(conv, x, weight, last=last), x, weight, conv)
 
 
 def problem_of(conv: Conv, dtype: torch.dtype, last: bool, limit: int, allow_tf32: bool = True) -> Problem:
-    with FakeTensorMode(), mock.patch.object(conv_transpose, "shared_memory_limit", return_value=limit):
-        like = torch.empty(0, dtype=dtype, device="cuda")
-        kernel = conv.kernel * (conv.rank // len(conv.kernel))
-        weight = empty((conv.x[1], conv.C_out // conv.groups, *kernel), like, False)
-        return problem_for(empty(conv.x, like, last), weight, conv.axes, conv.groups, last, allow_tf32)
+    with FakeTensorMode(), mock.patch.object(problem, "shared_memory_limit", return_value=limit):
+        x, weight, _ = conv.fakes(dtype, last, last)
+        return problem_for(x, weight, conv.axes, conv.groups, last, allow_tf32)
 
 
 SEED = PUBLIC["seed"]
@@ -369,22 +328,7 @@ def test_batch_and_spatial_sizes_can_be_symbolic() -> None:
     assert launch.arguments["length"].node.hint == concrete.length
 
 
-@pytest.fixture(params=[pytest.param("cuda", marks=GPU_MARKS)])
-def empty_gpu(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A GPU's name, for what takes one; nothing of other tests is kept in its memory."""
-    torch.cuda.empty_cache()
-    yield request.param
-    torch.cuda.empty_cache()
-
-
 MARCHABLE = {name: conv for name, conv in PUBLIC.items() if conv.rank > 1}
-
-
-def eager(x: torch.Tensor, weight: torch.Tensor, conv: Conv) -> torch.Tensor:
-    """The convolution alone, in x's dtype."""
-    parameters = ((axis.stride, axis.padding, axis.output_padding) for axis in conv.axes)
-    stride, padding, output_padding = zip(*parameters, strict=True)
-    return CONV_TRANSPOSE[x.dim()](x, weight, None, stride, padding, output_padding)
 
 
 def taken(conv: Conv, x: torch.Tensor, weight: torch.Tensor, last: bool) -> Problem:
@@ -481,4 +425,4 @@ def test_more_than_2_to_the_31_elements(from_last: bool, to_last: bool) -> None:
     # Without overlap rows do not depend on each other.
     for image, row in itertools.product((0, 1, 2), (0, 3000, 6000)):
         part = x[image : image + 1, :, row : row + 16]
-        assert_close(y[image : image + 1, :, 2 * row : 2 * row + 32], replace(conv, x=tuple(part.shape)), part, weight)
+        assert_close(y[image : image + 1, :, 2 * row : 2 * row + 32], part, weight, replace(conv, x=tuple(part.shape)))

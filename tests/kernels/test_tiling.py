@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from fusion_backend.kernels.phases import Axis
+from fusion_backend.kernels.problem import SMALLEST_EDGE, Problem
 from fusion_backend.kernels.tiling import (
     CHANNEL_CONFIGS,
     DOT_CONFIGS,
     ENOUGH_PROGRAMS,
     EXACT_CONFIGS,
-    SMALLEST_EDGE,
     Config,
-    Problem,
     choose_tiling,
     tiling_for,
     tilings,

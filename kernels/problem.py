@@ -1,0 +1,80 @@
+"""A transposed convolution as the choice of a kernel and of its configuration sees it, read off its tensors."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fusion_backend.kernels.layout import is_channels_last
+from fusion_backend.kernels.phases import Axis
+from fusion_backend.kernels.rounding import cdiv
+
+SMALLEST_EDGE = 16  # of a product on the tensor cores
+
+# What every GPU gives to a block.
+LEAST_SHARED_MEMORY = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the choice depends on. Channels are a group's; ``positions``, N * Q_d * Q_h * Q_w, may be symbolic."""
+
+    axes: tuple[Axis, ...]  # three: D, H, W
+    C_in: int
+    C_out: int
+    groups: int
+    positions: int
+    dtype: torch.dtype
+    x_last: bool
+    out_last: bool
+    tf32: bool
+    exact: bool  # float32 that no tensor core may touch
+    shared_limit: int
+
+    @property
+    def dot(self) -> bool:
+        """Whether tensor cores pay, which pad C_in and C_out to 16 each."""
+        return self.C_in * self.C_out > SMALLEST_EDGE
+
+    @property
+    def ahead(self) -> bool:
+        """Whether x is loaded into registers, one step ahead: 2 bytes at a time is too little for a copy past them."""
+        return self.dot and self.dtype.itemsize == 2 and not self.x_last and self.axes[2].moves
+
+
+def problem_for(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    axes: Sequence[Axis],
+    groups: int,
+    out_last: bool,
+    allow_tf32: bool,
+    compiled: bool = True,
+) -> Problem:
+    """Unless ``compiled``, for the interpreter, which has no TF32."""
+    N, C_in, *sizes = x.shape
+    spans = (cdiv(axis.output_size(size), axis.stride) for axis, size in zip(axes, sizes, strict=True))
+    nvidia = torch.version.hip is None
+    fp32 = x.dtype == torch.float32
+    return Problem(
+        axes=(Axis(),) * (3 - len(axes)) + tuple(axes),
+        C_in=int(C_in) // groups,
+        C_out=int(weight.shape[1]),
+        groups=groups,
+        positions=N * math.prod(spans),
+        dtype=x.dtype,
+        x_last=bool(is_channels_last(x)),
+        out_last=out_last,
+        tf32=fp32 and allow_tf32 and nvidia and compiled,
+        exact=fp32 and not allow_tf32 and nvidia,
+        shared_limit=shared_memory_limit(x.device),
+    )
+
+
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have on ``device``; where that is not at hand, on the smallest GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return LEAST_SHARED_MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) or LEAST_SHARED_MEMORY
