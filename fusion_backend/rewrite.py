@@ -21,7 +21,6 @@ from torch.fx.proxy import GraphAppendingTracer
 from fusion_backend.patterns import coefficient as co
 from fusion_backend.patterns.algebra import NormalForm
 from fusion_backend.patterns.coefficient import Coefficient, Leaf
-from fusion_backend.patterns.convolution import Convolution
 from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import is_tensor, value_of
@@ -93,13 +92,10 @@ def _call(site: Site, target: Any, *flags: Any, leave_bias: bool | None = None) 
     left = convolution.bias if leave_bias else None
     if leave_bias is not None:
         inputs.append(None if left is None else _as(dtype, left))
-    sizes = [list(size or ()) for size in _sizes(convolution)]
+    sizes = (convolution.stride, convolution.padding, convolution.output_padding, convolution.dilation)
     coefficients = _coefficients(site, site.form if left is not None else site.biased)
-    return graph.call_function(target, (*inputs, *sizes, convolution.groups, *coefficients, *flags))
-
-
-def _sizes(convolution: Convolution) -> tuple[tuple[int, ...] | None, ...]:
-    return convolution.stride, convolution.padding, convolution.output_padding, convolution.dilation
+    lists = (list(size or ()) for size in sizes)
+    return graph.call_function(target, (*inputs, *lists, convolution.groups, *coefficients, *flags))
 
 
 _IDENTITY = (1.0, 0.0, -math.inf, math.inf)

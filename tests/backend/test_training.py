@@ -458,28 +458,21 @@ def train(forward: Callable[[Tensor], Tensor], model: nn.Module, steps: int = 20
 
 
 def test_an_autoencoder_trains_as_in_eager() -> None:
-    """200 steps; the curves differ by no more than two eager runs with different convolution algorithms."""
+    """200 steps; the curves differ by no more than eager's with other convolution algorithms, and a loss's rounding."""
     start = Autoencoder()
 
-    def curve(how: Callable[[nn.Module], Any]) -> Tensor:
-        model = copy.deepcopy(start)
+    def curve(how: Callable[[nn.Module], Any], **to: Any) -> Tensor:
+        model = copy.deepcopy(start).to(**to)
         return train(how(model), model)
 
-    eager = curve(lambda model: model)
+    def eager(**to: Any) -> Tensor:
+        return curve(lambda model: model, **to)
+
+    expected, last = eager(), eager(memory_format=torch.channels_last)
     with torch.backends.mkldnn.flags(enabled=False):
-        other = curve(lambda model: model)
-    inductor, ours = curve(torch.compile), curve(compiled)
+        others = [last, eager(), eager(memory_format=torch.channels_last)]
+    allowed = max((expected - other).abs().max() for other in others) + torch.finfo(torch.float32).eps * expected.max()
+    ours, inductor = curve(compiled), curve(torch.compile)
     assert ours[-1] < ours[0] / 4
-    difference = (eager - other).abs().max()
-    print(
-        "largest difference of a loss: two eager runs",
-        difference,
-        "ours",
-        (ours - eager).abs().max(),
-        "inductor",
-        (inductor - eager).abs().max(),
-        ours[0],
-        ours[-1],
-    )
-    assert 0 < (ours - eager).abs().max() <= difference
-    assert (ours - inductor).abs().max() <= difference
+    assert (ours - expected).abs().max() <= allowed
+    assert (ours - inductor).abs().max() <= allowed
