@@ -18,7 +18,7 @@ class SiteReport:
 
     ``matched``  whether a tail (be it only the bias) was found and folded to its normal form; ``reason`` says whether
                  that changed the graph, or left a tail as written that is as short as its normal form
-    ``kernel``   "epilogue", "inductor", or None where the graph stays as the user wrote it
+    ``kernel``   "fused", "epilogue", "inductor", or None where the graph stays as the user wrote it
     ``reason``   why this kernel, and why the tail goes no further; or why nothing was matched
     ``equation`` the normal form of the tail, x being the convolution without its bias; "" for a miss
     ``source``   file:line of the user's lines, the convolution's first

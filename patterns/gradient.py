@@ -19,12 +19,11 @@ and one bit an element is all that the backward needs. Refused, so that the tail
 
     minimum, maximum               a tie halves the gradient
     clamps with nothing in common  the form's bounds meet, and no longer tell where the gradient passed
-    two bounds of which a number known only at run time decides which is tighter, and the rules differ; or whether they
-    cross
+    a bound known only at run time beside another: which is tighter, or whether they cross, decides about the gradient
     a scale known only at run time behind a bound: where it is zero, all values fall onto one
     a shift behind a bound, but for a number that at most doubles the bounds: next to a large shift float32 no longer
     tells which values lay beyond the bound
-    a learned bound: its gradient needs to know which elements a NaN is not, and which of two bounds was hit
+    a learned bound: its gradient counts the elements beyond it, without those that are NaN or beyond the other bound
 """
 
 from __future__ import annotations
