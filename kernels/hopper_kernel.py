@@ -1,0 +1,592 @@
+"""The Gluon kernel of the march on Hopper: see ``hopper_march``. Importing this file needs a triton with Gluon."""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@gluon.constexpr_function
+def _known(number):
+    """As loops that are unrolled take it."""
+    return number
+
+
+@gluon.constexpr_function
+def _powers(count, unit):
+    """unit, 2 * unit, ... below count * unit."""
+    return [unit << bit for bit in range(count.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def _joined_columns(bits, channels):
+    """Groups of 8 columns of which a thread's values lie side by side in channels_last: 16 bytes, or all there are."""
+    return min(64 // bits, channels // 8)
+
+
+@gluon.constexpr_function
+def _comb_layout(depth, bits):
+    """[32, depth] as the products' left operand has 8 rows a warp: 4 lanes a row, 32 bits a lane, 8 registers apart."""
+    wide = 32 // bits
+    registers = [[0, k] for k in _powers(wide, 1)] + [[0, k] for k in _powers(depth // (4 * wide), 4 * wide)]
+    lanes = [[0, wide], [0, 2 * wide], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[8, 0], [16, 0]], [], [32, depth])
+
+
+@gluon.constexpr_function
+def _last_layout(pixels, channels, bits):
+    """[pixels, channels] of a product, columns permuted by ``pack``: a thread's neighbours first."""
+    pair = pixels // 32
+    wide = 2 * _joined_columns(bits, channels)
+    registers = [[0, c] for c in _powers(wide, 1)] + [[p, 0] for p in _powers(pair, 1)]
+    registers += [[0, c] for c in _powers(channels // (4 * wide), 4 * wide)]
+    lanes = [[0, wide], [0, 2 * wide], [pair, 0], [2 * pair, 0], [4 * pair, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[8 * pair, 0], [16 * pair, 0]], [], [pixels, channels])
+
+
+@gluon.constexpr_function
+def _contiguous_layout(pixels, channels, joined):
+    """[channels, pixels * joined] of a product: a thread's neighbours first."""
+    wide = pixels // 32 * joined
+    registers = [[0, p] for p in _powers(wide, 1)] + [[1, 0]] + [[c, 0] for c in _powers(channels // 8, 8)]
+    lanes = [[2, 0], [4, 0], [0, wide], [0, 2 * wide], [0, 4 * wide]]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 8 * wide], [0, 16 * wide]], [], [channels, pixels * joined])
+
+
+@gluon.constexpr_function
+def _row_layout(depth, pair, bits):
+    """[depth, 32, pair] of a contiguous x: lanes along the row, a thread's channels are 16 bytes of a pixel."""
+    vector = min(16 * 8 // bits, depth // 4)
+    registers = [[0, 0, p] for p in _powers(pair, 1)] + [[c, 0, 0] for c in _powers(vector, 1)]
+    registers += [[c, 0, 0] for c in _powers(depth // (4 * vector), 4 * vector)]
+    lanes = [[0, p, 0] for p in _powers(32, 1)]
+    return gl.DistributedLinearLayout(registers, lanes, [[vector, 0, 0], [2 * vector, 0, 0]], [], [depth, 32, pair])
+
+
+@gluon.constexpr_function
+def _comb_of_row_layout(depth, bits):
+    """[depth, 32]: the same without pairs."""
+    vector = min(16 * 8 // bits, depth // 4)
+    registers = [[c, 0] for c in _powers(vector, 1)] + [[c, 0] for c in _powers(depth // (4 * vector), 4 * vector)]
+    return gl.DistributedLinearLayout(
+        registers, [[0, p] for p in _powers(32, 1)], [[vector, 0], [2 * vector, 0]], [], [depth, 32]
+    )
+
+
+@gluon.jit
+def _append(values, value):
+    return values + (value,)  # noqa: RUF005 Gluon has no stars
+
+
+@gluon.jit
+def _rounded_to_tf32(x):
+    return gl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _corner(strip, tiles, FORM: gl.constexpr):
+    """A strip's first image, row along the other dimension, and pixel."""
+    tiles_m, tiles_w = tiles
+    rest = strip // tiles_w
+    return (
+        rest // tiles_m * FORM.box[0],
+        rest % tiles_m * FORM.box[1],
+        strip % tiles_w * (FORM.box[2] * FORM.pair),
+    )
+
+
+@gluon.jit
+def _begin(group, work, FORM: gl.constexpr):
+    """The rows of a group of strips that this program stores, and the one it begins with."""
+    begin, end, rows = work
+    first = gl.maximum(begin - group * rows, 0) + FORM.padding[0] // FORM.stride[0]
+    last = gl.minimum(end - group * rows, rows) + FORM.padding[0] // FORM.stride[0]
+    return gl.maximum(first - FORM.halo, 0), first, last
+
+
+@gluon.jit
+def _fetch(descriptors, xs, full, empty, tiles, work, FORM: gl.constexpr):
+    """Rows of a channels_last x, by the copy engine."""
+    BYTES: gl.constexpr = FORM.rows_fetched * 32 * FORM.depth * (xs.dtype.primitive_bitwidth // 8)
+    begin, end, rows = work
+    slot = 0
+    phase = 1
+    for group in range(begin // rows, (end + rows - 1) // rows):
+        row_0, _, last = _begin(group, work, FORM)
+        for row in range(row_0, last):
+            for c in gl.static_range(_known(FORM.consumers)):
+                n, m, w = _corner(group * FORM.consumers + c, tiles, FORM)
+                at = c * FORM.slots + slot
+                mbarrier.wait(empty.index(at), phase)
+                mbarrier.expect(full.index(at), BYTES)
+                for s_m in gl.static_range(_known(FORM.shifts[0])):
+                    for j in gl.static_range(_known(FORM.combs)):
+                        tma.async_copy_global_to_shared(
+                            descriptors[_known((FORM.first[1] + j) % FORM.pair)],
+                            [n, row, m + (FORM.first[0] + s_m), w // FORM.pair + (FORM.first[1] + j) // FORM.pair, 0],
+                            full.index(at),
+                            xs.index(at * FORM.rows_fetched + s_m * FORM.combs + j),
+                        )
+            slot += 1
+            if slot == FORM.slots:
+                slot = 0
+                phase ^= 1
+
+
+@gluon.jit
+def _comb_pointers(x_ptr, corner, row, sizes, s_m, j, layout: gl.constexpr, FORM: gl.constexpr):
+    """Where pixels pair * p + j of a row are, and whether; [depth, 32], or [depth, 32, pair] beginning with comb j."""
+    N, R, M, W = sizes
+    n, m, w = corner
+    ROW: gl.constexpr = layout if len(layout.shape) == 2 else gl.SliceLayout(2, layout)
+    p = gl.arange(0, 32, layout=gl.SliceLayout(0, ROW))
+    channel = gl.arange(0, FORM.depth, layout=gl.SliceLayout(1, ROW))
+    if FORM.along_d:
+        per_row, per_middle = M * W, W
+    else:
+        per_row, per_middle = W, R * W
+    plane = R * M * W
+    q_w = w + p % FORM.box[2] * FORM.pair + j
+    q_m = m + s_m + p // FORM.box[2] % FORM.box[1]
+    image = p // (FORM.box[2] * FORM.box[1])
+    base = x_ptr + n.to(gl.int64) * (FORM.C_in * plane) + row * per_row
+    if FORM.box[0] == 1 and FORM.box[1] == 1:
+        base += (m + s_m) * per_middle
+        at = q_w
+    else:
+        at = image * (FORM.C_in * plane) + q_m * per_middle + q_w
+    exists = (row < R) & (n + image < N) & (q_m >= 0) & (q_m < M)
+    at = (channel * plane)[:, None] + at[None, :]
+    if len(layout.shape) == 3:
+        e = gl.arange(0, FORM.pair, layout=gl.SliceLayout(0, gl.SliceLayout(0, layout)))
+        at = gl.expand_dims(at, 2) + e[None, None, :]
+        q_w = gl.expand_dims(q_w[None, :], 2) + e[None, None, :]
+        exists = gl.expand_dims(exists[None, :], 2) & (q_w >= 0) & (q_w < W)
+        if FORM.C_in != FORM.depth:
+            exists = exists & gl.expand_dims((channel < FORM.C_in)[:, None], 2)
+    else:
+        exists = (exists & (q_w >= 0) & (q_w < W))[None, :]
+        if FORM.C_in != FORM.depth:
+            exists = exists & (channel < FORM.C_in)[:, None]
+    return base + at, exists
+
+
+@gluon.jit
+def _load_row(x_ptr, corner, row, sizes, FORM: gl.constexpr):
+    """A row of a strip of a contiguous x: for each shift along the other dimension, its combs, [depth, 32] each."""
+    BITS: gl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth
+    WIDE: gl.constexpr = _row_layout(FORM.depth, FORM.pair, BITS)
+    NARROW: gl.constexpr = _comb_of_row_layout(FORM.depth, BITS)
+    loaded = ()
+    for s_m in gl.static_range(_known(FORM.shifts[0])):
+        at, exists = _comb_pointers(x_ptr, corner, row, sizes, FORM.first[0] + s_m, 0, WIDE, FORM)
+        loaded = _append(loaded, gl.load(at, mask=exists, other=0.0))
+        for j in gl.static_range(_known(FORM.combs)):
+            if FORM.first[1] + j < 0 or FORM.first[1] + j >= FORM.pair:
+                at, exists = _comb_pointers(
+                    x_ptr, corner, row, sizes, FORM.first[0] + s_m, FORM.first[1] + j, NARROW, FORM
+                )
+                loaded = _append(loaded, gl.load(at, mask=exists, other=0.0))
+    return loaded
+
+
+@gluon.jit
+def _put_row(loaded, xs, at, FORM: gl.constexpr):
+    """What ``_load_row`` loaded, into shared memory."""
+    PER_SHIFT: gl.constexpr = len(loaded) // FORM.shifts[0]
+    for s_m in gl.static_range(_known(FORM.shifts[0])):
+        wide = loaded[s_m * PER_SHIFT]
+        if FORM.pair == 2:
+            inner = gl.split(wide)
+        else:
+            even, odd = gl.split(wide.reshape([FORM.depth, 32, 2, 2]))
+            even_0, even_1 = gl.split(even)
+            odd_0, odd_1 = gl.split(odd)
+            inner = (even_0, odd_0, even_1, odd_1)
+        for j in gl.static_range(_known(FORM.combs)):
+            if FORM.first[1] + j < 0:
+                x = loaded[s_m * PER_SHIFT + 1 + j]
+            elif FORM.first[1] + j < FORM.pair:
+                x = inner[_known(FORM.first[1] + j)]
+            else:
+                x = loaded[s_m * PER_SHIFT + 1 + j - FORM.pair + max(FORM.first[1], 0)]
+            place = xs.index(at * FORM.rows_fetched + s_m * FORM.combs + j)
+            place.reshape([32, FORM.depth]).permute([1, 0]).store(x)
+
+
+@gluon.jit
+def _turn(x_ptr, xs, full, empty, sizes, tiles, work, FORM: gl.constexpr):
+    """Rows of a contiguous x, through registers: a row is loaded as soon as the one before it is out of them."""
+    begin, end, rows = work
+    slot = 0
+    phase = 1
+    for group in range(begin // rows, (end + rows - 1) // rows):
+        row_0, _, last = _begin(group, work, FORM)
+        loaded = ()
+        for c in gl.static_range(_known(FORM.consumers)):
+            corner = _corner(group * FORM.consumers + c, tiles, FORM)
+            loaded = _append(loaded, _load_row(x_ptr, corner, row_0, sizes, FORM))
+        for row in range(row_0, last):
+            next_loaded = ()
+            for c in gl.static_range(_known(FORM.consumers)):
+                corner = _corner(group * FORM.consumers + c, tiles, FORM)
+                at = c * FORM.slots + slot
+                mbarrier.wait(empty.index(at), phase)
+                _put_row(loaded[c], xs, at, FORM)
+                mbarrier.arrive(full.index(at), count=1)
+                next_loaded = _append(next_loaded, _load_row(x_ptr, corner, row + 1, sizes, FORM))
+            loaded = next_loaded
+            slot += 1
+            if slot == FORM.slots:
+                slot = 0
+                phase ^= 1
+
+
+@gluon.jit
+def _produce(shared, FORM: gl.constexpr):
+    x_ptr, x_0, x_1, x_2, x_3, xs, full, empty, sizes, tiles, work = shared
+    if FORM.x_last:
+        _fetch((x_0, x_1, x_2, x_3), xs, full, empty, tiles, work, FORM)
+    else:
+        _turn(x_ptr, xs, full, empty, sizes, tiles, work, FORM)
+
+
+@gluon.jit
+def _shifted(combs, s, OPERAND: gl.constexpr, FORM: gl.constexpr):
+    """x at shift s as the products' left operand: row 64*i + 16*warp + 8*h + lane is pixel pair*p + 2*i + h."""
+    if FORM.pair == 2:
+        x = gl.join(combs[s], combs[s + 1])
+        x = x.reshape([4, 8, FORM.depth, 2]).permute([0, 3, 1, 2]).reshape([64, FORM.depth])
+    else:
+        x = gl.join(gl.join(combs[s], combs[s + 2]), gl.join(combs[s + 1], combs[s + 3]))
+        x = x.reshape([4, 8, FORM.depth, 2, 2]).permute([3, 0, 4, 1, 2]).reshape([128, FORM.depth])
+    return gl.convert_layout(x, OPERAND, assert_trivial=False)
+
+
+@gluon.jit
+def _add_taps(acc, xs, ws, z, FRESH: gl.constexpr, TAPS: gl.constexpr):
+    """acc plus all products of a phase, on their way."""
+    for i in gl.static_range(len(TAPS)):
+        w = ws.index(TAPS[i][1] + z).permute([1, 0])
+        if FRESH and i == 0:
+            acc = warpgroup_mma(xs[_known(TAPS[i][0])], w, acc, use_acc=False, is_async=True)
+        else:
+            acc = warpgroup_mma(xs[_known(TAPS[i][0])], w, acc, is_async=True)
+    return acc
+
+
+@gluon.jit
+def _add(carried, zero, xs, ws, z, R: gl.constexpr, FIRST: gl.constexpr, COUNT: gl.constexpr, FORM: gl.constexpr):
+    """Phases FIRST to FIRST + COUNT of output row R of the step."""
+    accs = ()
+    for e in gl.static_range(FIRST, FIRST + COUNT):
+        if R < FORM.carried:
+            acc = _add_taps(carried[R * FORM.phases + e], xs, ws, z, False, _known(FORM.taps[R][e]))
+        else:
+            acc = _add_taps(zero, xs, ws, z, True, _known(FORM.taps[R][e]))
+        accs = _append(accs, acc)
+    return accs
+
+
+@gluon.jit
+def _coefficient(cs, INDEX: gl.constexpr, number, layout: gl.constexpr, FORM: gl.constexpr):
+    if FORM.kinds[INDEX] == 2:
+        if FORM.out_last:
+            value = gl.expand_dims(cs.index(INDEX).load(gl.SliceLayout(0, layout)), 0)
+        else:
+            value = gl.expand_dims(cs.index(INDEX).load(gl.SliceLayout(1, layout)), 1)
+    else:
+        value = number
+    return value
+
+
+@gluon.jit
+def _tail(y, cs, numbers, layout: gl.constexpr, FORM: gl.constexpr):
+    scale, shift, lo, hi = numbers
+    if FORM.kinds[0] != 0:
+        y = y * _coefficient(cs, 0, scale, layout, FORM)
+    if FORM.kinds[1] != 0:
+        y = y + _coefficient(cs, 1, shift, layout, FORM)
+    if FORM.kinds[2] != 0:
+        y = gl.maximum(y, _coefficient(cs, 2, lo, layout, FORM), propagate_nan=tl.PropagateNan.ALL)
+    if FORM.kinds[3] != 0:
+        y = gl.minimum(y, _coefficient(cs, 3, hi, layout, FORM), propagate_nan=tl.PropagateNan.ALL)
+    return y
+
+
+@gluon.jit
+def _store_row(
+    accs, out_ptr, corner, o_r, e_m: gl.constexpr, sizes, z, channel_0, cs, numbers, FORM: gl.constexpr
+):
+    """Phases along W of an output row, each [pixels, channels]."""
+    N, R, M, W = sizes
+    n, m, w = corner
+    BITS: gl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth
+    O_R = R * FORM.stride[0] + (FORM.growth[0] - FORM.stride[0])
+    O_M = M * FORM.stride[1] + (FORM.growth[1] - FORM.stride[1])
+    O_W = W * FORM.stride[2] + (FORM.growth[2] - FORM.stride[2])
+    if FORM.along_d:
+        per_row, per_middle = O_M * O_W, O_W
+    else:
+        per_row, per_middle = O_W, O_R * O_W
+    # z keeps what follows from it inside the loop, and not in registers all the time.
+    plane = O_R * O_M * O_W + z
+    PER_PIXEL: gl.constexpr = FORM.C_out if FORM.out_last else 1
+    PIXELS: gl.constexpr = FORM.pixels * FORM.joined
+    PAIRS: gl.constexpr = FORM.pair // 2
+    JOINED: gl.constexpr = _joined_columns(BITS, FORM.channels)
+    if FORM.out_last:
+        layout: gl.constexpr = _last_layout(FORM.pixels, FORM.channels, BITS)
+        PIXEL: gl.constexpr = gl.SliceLayout(1, layout)
+        CHANNEL: gl.constexpr = gl.SliceLayout(0, layout)
+    else:
+        layout: gl.constexpr = _contiguous_layout(FORM.pixels, FORM.channels, FORM.joined)
+        PIXEL: gl.constexpr = gl.SliceLayout(0, layout)
+        CHANNEL: gl.constexpr = gl.SliceLayout(1, layout)
+
+    base = out_ptr + n.to(gl.int64) * (FORM.C_out * (O_R * O_M * O_W))
+    base += (o_r * per_row + (m * FORM.stride[1] + e_m) * per_middle + w * FORM.stride[2]) * PER_PIXEL
+    channel = gl.arange(0, FORM.channels, layout=CHANNEL)
+    pixel = gl.arange(0, PIXELS, layout=PIXEL)
+    BOX_W: gl.constexpr = FORM.box[2] * FORM.pair * FORM.joined
+    in_row = pixel % BOX_W * (FORM.stride[2] // FORM.joined)
+    in_m = pixel // BOX_W % FORM.box[1] * FORM.stride[1]
+    image = pixel // (BOX_W * FORM.box[1])
+    if FORM.box[0] == 1 and FORM.box[1] == 1:
+        at = pixel * (FORM.stride[2] // FORM.joined)
+    else:
+        at = image * (FORM.C_out * plane) + in_m * per_middle + in_row
+        if FORM.out_last:
+            at = image * plane + in_m * per_middle + in_row
+    at = at * PER_PIXEL
+    if FORM.out_last:
+        base += channel_0
+        at = at[:, None] + channel[None, :]
+    else:
+        base += channel_0 * (O_R * O_M * O_W)
+        at = (channel * plane)[:, None] + at[None, :]
+
+    for e in gl.static_range(0, _known(FORM.stride[2]), _known(FORM.joined)):
+        y = accs[e]
+        if FORM.out_last:
+            y = y.reshape([PAIRS, 4, 2, 8, FORM.channels // (8 * JOINED), JOINED, 4, 2])
+            y = y.permute([1, 3, 0, 2, 4, 6, 5, 7]).reshape([FORM.pixels, FORM.channels])
+        else:
+            if FORM.joined == 2:
+                y = gl.join(y, accs[e + 1])
+            elif FORM.joined == 4:
+                y = gl.join(gl.join(y, accs[e + 2]), gl.join(accs[e + 1], accs[e + 3]))
+            y = y.reshape([PAIRS, 4, 2, 8, FORM.channels, FORM.joined])
+            y = y.permute([4, 1, 3, 0, 2, 5]).reshape([FORM.channels, PIXELS])
+        y = gl.convert_layout(y, layout, assert_trivial=False)
+        y = _tail(y, cs, numbers, layout, FORM).to(out_ptr.dtype.element_ty)
+        y_ptr = base + e * PER_PIXEL + at
+        if FORM.whole:
+            gl.store(y_ptr, y)
+        else:
+            o_m = m * FORM.stride[1] + e_m + in_m
+            exists = (n + image < N) & (o_m < O_M) & (w * FORM.stride[2] + e + in_row < O_W)
+            known = channel_0 + channel < FORM.C_out
+            if FORM.out_last:
+                gl.store(y_ptr, y, mask=exists[:, None] & known[None, :])
+            else:
+                gl.store(y_ptr, y, mask=exists[None, :] & known[:, None])
+
+
+@gluon.jit
+def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
+    """The march along one strip after the other."""
+    out_ptr, xs, full, empty, ws, loaded, cs, sizes, tiles, work, length, channel_0, numbers = shared
+    PIXELS: gl.constexpr = FORM.pixels
+    CHANNELS: gl.constexpr = FORM.channels
+    BITS: gl.constexpr = xs.dtype.primitive_bitwidth
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FORM.channels, 256 // BITS])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 32 // BITS)
+    COMB: gl.constexpr = _comb_layout(FORM.depth, BITS)
+    N, R, M, W = sizes
+    begin, end, rows = work
+    O_R = R * FORM.stride[0] + (FORM.growth[0] - FORM.stride[0])
+    zero = gl.zeros([PIXELS, CHANNELS], gl.float32, layout=PRODUCT)
+    slot = 0
+    phase = 0
+    mbarrier.wait(loaded, 0)
+    for group in range(begin // rows, (end + rows - 1) // rows):
+        row_0, first, last = _begin(group, work, FORM)
+        corner = _corner(group * FORM.consumers + INDEX, tiles, FORM)
+        carried = ()
+        for _ in gl.static_range(_known(FORM.carried * FORM.phases)):
+            carried = _append(carried, gl.zeros([PIXELS, CHANNELS], gl.float32, layout=PRODUCT))
+        for row in range(row_0, last):
+            # Always 0, but the compiler does not know that, and it changes: otherwise the addresses of all taps are
+            # worked out before the loop and do not fit into registers.
+            z = (row + length) >> 28
+            at = INDEX * FORM.slots + slot
+            mbarrier.wait(full.index(at), phase)
+            combs = ()
+            for j in gl.static_range(_known(FORM.rows_fetched)):
+                comb = xs.index(at * FORM.rows_fetched + j).reshape([32, FORM.depth])
+                combs = _append(combs, comb.load(COMB))
+            # Without the fence the copy engine may overwrite what is still being loaded.
+            fence_async_shared()
+            mbarrier.arrive(empty.index(at), count=1)
+            slot += 1
+            if slot == FORM.slots:
+                slot = 0
+                phase ^= 1
+
+            rounded = ()
+            for j in gl.static_range(_known(FORM.rows_fetched)):
+                rounded = _append(rounded, _rounded_to_tf32(combs[j]) if FORM.tf32 else combs[j])
+            x = ()
+            for s_m in gl.static_range(_known(FORM.shifts[0])):
+                for s_w in gl.static_range(_known(FORM.shifts[1])):
+                    x = _append(x, _shifted(rounded, s_m * FORM.combs + s_w, OPERAND, FORM))
+
+            accs = _add(carried, zero, x, ws, z, 0, 0, FORM.stride[2], FORM)
+            for index in gl.static_range(_known(FORM.stride[0] * FORM.stride[1])):
+                done = warpgroup_mma_wait(0, deps=accs + x)
+                x = done[FORM.stride[2]:]
+                if FORM.ahead:
+                    accs = _next(carried, zero, x, ws, z, index + 1, FORM)
+                o_r = row * FORM.stride[0] + (index // FORM.stride[1] - FORM.padding[0])
+                if (row >= first) & (o_r >= 0) & (o_r < O_R):
+                    _store_row(
+                        done, out_ptr, corner, o_r, index % FORM.stride[1], sizes, z, channel_0, cs, numbers, FORM
+                    )
+                if not FORM.ahead:
+                    accs = _next(carried, zero, x, ws, z, index + 1, FORM)
+            if FORM.carried > 0:
+                done = warpgroup_mma_wait(0, deps=accs + x)
+                carried = done[: FORM.carried * FORM.phases]
+
+
+@gluon.jit
+def _next(carried, zero, x, ws, z, INDEX: gl.constexpr, FORM: gl.constexpr):
+    """The products of row and phase INDEX of those that a step stores; behind the last, of all rows that are carried."""
+    if INDEX < FORM.stride[0] * FORM.stride[1]:
+        accs = _add(
+            carried,
+            zero,
+            x,
+            ws,
+            z,
+            INDEX // FORM.stride[1],
+            INDEX % FORM.stride[1] * FORM.stride[2],
+            FORM.stride[2],
+            FORM,
+        )
+    else:
+        accs = ()
+        for r in gl.static_range(_known(FORM.stride[0]), _known(FORM.stride[0] + FORM.carried)):
+            accs = accs + _add(carried, zero, x, ws, z, r, 0, FORM.phases, FORM)
+    return accs
+
+
+@gluon.jit
+def hopper_march_kernel(
+    out_ptr,
+    x_ptr,
+    x_0,
+    x_1,
+    x_2,
+    x_3,
+    weight,
+    scale_ptr,
+    shift_ptr,
+    lo_ptr,
+    hi_ptr,
+    N,
+    R,
+    M,
+    width,
+    rows,
+    tiles_m,
+    tiles_w,
+    total,
+    length,
+    scale,
+    shift,
+    lo,
+    hi,
+    X_LAYOUT: gl.constexpr,
+    FORM: gl.constexpr,
+):
+    """``length`` of ``total`` rows of groups of strips, times FORM.channels channels.
+
+    x_0 to x_3 are the combs of a channels_last x, ``weight`` is what ``pack`` returns, both as the copy engine takes
+    them; x_ptr is a contiguous x.
+    """
+    dtype: gl.constexpr = weight.dtype
+    TAPS: gl.constexpr = FORM.kernel[0] * FORM.kernel[1] * FORM.kernel[2]
+    BARRIERS: gl.constexpr = FORM.consumers * FORM.slots
+    channel_0 = gl.program_id(1) * FORM.channels
+    tiles_c = gl.num_programs(1)
+
+    ws = gl.allocate_shared_memory(dtype, [TAPS, FORM.channels, FORM.depth], weight.layout)
+    if FORM.x_last:
+        xs = gl.allocate_shared_memory(dtype, [BARRIERS * FORM.rows_fetched] + x_0.block_shape, x_0.layout)
+    else:
+        xs = gl.allocate_shared_memory(dtype, [BARRIERS * FORM.rows_fetched, 32, FORM.depth], X_LAYOUT)
+    cs = gl.allocate_shared_memory(gl.float32, [4, FORM.channels], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
+    loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    channel = gl.minimum(channel_0 + gl.arange(0, FORM.channels, layout=FLAT), FORM.C_out - 1)
+    if scale_ptr is not None:
+        cs.index(0).store(gl.load(scale_ptr + channel))
+    if shift_ptr is not None:
+        cs.index(1).store(gl.load(shift_ptr + channel))
+    if lo_ptr is not None:
+        cs.index(2).store(gl.load(lo_ptr + channel))
+    if hi_ptr is not None:
+        cs.index(3).store(gl.load(hi_ptr + channel))
+
+    for i in gl.static_range(BARRIERS):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    mbarrier.init(loaded, count=1)
+    mbarrier.expect(loaded, TAPS * FORM.channels * FORM.depth * (dtype.primitive_bitwidth // 8))
+    for tap in gl.static_range(TAPS):
+        tma.async_copy_global_to_shared(
+            weight, [tap * (tiles_c * FORM.channels) + channel_0, 0], loaded, ws.index(tap)
+        )
+
+    sizes = (N, R, M, width * FORM.unit)
+    tiles = (tiles_m, tiles_w)
+    begin = gl.program_id(0) * length
+    work = (begin, gl.minimum(begin + length, total), rows)
+    numbers = (scale, shift, lo, hi)
+    source = (x_ptr, x_0, x_1, x_2, x_3, xs, full, empty, sizes, tiles, work)
+    rest = (out_ptr, xs, full, empty, ws, loaded, cs, sizes, tiles, work, length, channel_0, numbers)
+    if FORM.consumers == 2:
+        gl.warp_specialize(
+            [(_produce, (source, FORM)), (_consume, (0, rest, FORM)), (_consume, (1, rest, FORM))],
+            [4, 4],
+            [FORM.registers, FORM.registers],
+        )
+    elif FORM.consumers == 3:
+        gl.warp_specialize(
+            [(_produce, (source, FORM)), (_consume, (0, rest, FORM)), (_consume, (1, rest, FORM)), (_consume, (2, rest, FORM))],
+            [4, 4, 4],
+            [FORM.registers, FORM.registers, FORM.registers],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_produce, (source, FORM)),
+                (_consume, (0, rest, FORM)),
+                (_consume, (1, rest, FORM)),
+                (_consume, (2, rest, FORM)),
+                (_consume, (3, rest, FORM)),
+            ],
+            [4, 4, 4, 4],
+            [FORM.registers, FORM.registers, FORM.registers, FORM.registers],
+        )
