@@ -79,6 +79,12 @@ def _comb_of_row_layout(depth, bits):
     )
 
 
+@gluon.constexpr_function
+def _loads(form):
+    """Of a row, for one shift along the other dimension: a wide one, and those of the combs beyond it."""
+    return 1 + sum(not 0 <= form.first[1] + j < form.pair for j in range(form.combs))
+
+
 @gluon.jit
 def _append(values, value):
     return values + (value,)  # noqa: RUF005 Gluon has no stars
@@ -140,7 +146,7 @@ def _fetch(descriptors, xs, full, empty, tiles, work, FORM: gl.constexpr):
 
 
 @gluon.jit
-def _comb_pointers(x_ptr, corner, row, sizes, s_m, j, layout: gl.constexpr, FORM: gl.constexpr):
+def _comb_pointers(x_ptr, corner, row, sizes, z, s_m, j, layout: gl.constexpr, FORM: gl.constexpr):
     """Where pixels pair * p + j of a row are, and whether; [depth, 32], or [depth, 32, pair] beginning with comb j."""
     N, R, M, W = sizes
     n, m, w = corner
@@ -162,9 +168,9 @@ def _comb_pointers(x_ptr, corner, row, sizes, s_m, j, layout: gl.constexpr, FORM
     else:
         at = image * (FORM.C_in * plane) + q_m * per_middle + q_w
     exists = (row < R) & (n + image < N) & (q_m >= 0) & (q_m < M)
-    at = (channel * plane)[:, None] + at[None, :]
+    at = (channel * (plane + z * 16))[:, None] + at[None, :]
     if len(layout.shape) == 3:
-        e = gl.arange(0, FORM.pair, layout=gl.SliceLayout(0, gl.SliceLayout(0, layout)))
+        e = gl.arange(0, FORM.pair, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
         at = gl.expand_dims(at, 2) + e[None, None, :]
         q_w = gl.expand_dims(q_w[None, :], 2) + e[None, None, :]
         exists = gl.expand_dims(exists[None, :], 2) & (q_w >= 0) & (q_w < W)
@@ -178,19 +184,19 @@ def _comb_pointers(x_ptr, corner, row, sizes, s_m, j, layout: gl.constexpr, FORM
 
 
 @gluon.jit
-def _load_row(x_ptr, corner, row, sizes, FORM: gl.constexpr):
+def _load_row(x_ptr, corner, row, sizes, z, FORM: gl.constexpr):
     """A row of a strip of a contiguous x: for each shift along the other dimension, its combs, [depth, 32] each."""
     BITS: gl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth
     WIDE: gl.constexpr = _row_layout(FORM.depth, FORM.pair, BITS)
     NARROW: gl.constexpr = _comb_of_row_layout(FORM.depth, BITS)
     loaded = ()
     for s_m in gl.static_range(_known(FORM.shifts[0])):
-        at, exists = _comb_pointers(x_ptr, corner, row, sizes, FORM.first[0] + s_m, 0, WIDE, FORM)
+        at, exists = _comb_pointers(x_ptr, corner, row, sizes, z, FORM.first[0] + s_m, 0, WIDE, FORM)
         loaded = _append(loaded, gl.load(at, mask=exists, other=0.0))
         for j in gl.static_range(_known(FORM.combs)):
             if FORM.first[1] + j < 0 or FORM.first[1] + j >= FORM.pair:
                 at, exists = _comb_pointers(
-                    x_ptr, corner, row, sizes, FORM.first[0] + s_m, FORM.first[1] + j, NARROW, FORM
+                    x_ptr, corner, row, sizes, z, FORM.first[0] + s_m, FORM.first[1] + j, NARROW, FORM
                 )
                 loaded = _append(loaded, gl.load(at, mask=exists, other=0.0))
     return loaded
@@ -199,7 +205,7 @@ def _load_row(x_ptr, corner, row, sizes, FORM: gl.constexpr):
 @gluon.jit
 def _put_row(loaded, xs, at, FORM: gl.constexpr):
     """What ``_load_row`` loaded, into shared memory."""
-    PER_SHIFT: gl.constexpr = len(loaded) // FORM.shifts[0]
+    PER_SHIFT: gl.constexpr = _loads(FORM)
     for s_m in gl.static_range(_known(FORM.shifts[0])):
         wide = loaded[s_m * PER_SHIFT]
         if FORM.pair == 2:
@@ -221,8 +227,9 @@ def _put_row(loaded, xs, at, FORM: gl.constexpr):
 
 
 @gluon.jit
-def _turn(x_ptr, xs, full, empty, sizes, tiles, work, FORM: gl.constexpr):
+def _turn(x_ptr, xs, full, empty, sizes, tiles, work, length, FORM: gl.constexpr):
     """Rows of a contiguous x, through registers: a row is loaded as soon as the one before it is out of them."""
+    LOADS: gl.constexpr = _loads(FORM) * FORM.shifts[0]
     begin, end, rows = work
     slot = 0
     phase = 1
@@ -231,16 +238,17 @@ def _turn(x_ptr, xs, full, empty, sizes, tiles, work, FORM: gl.constexpr):
         loaded = ()
         for c in gl.static_range(_known(FORM.consumers)):
             corner = _corner(group * FORM.consumers + c, tiles, FORM)
-            loaded = _append(loaded, _load_row(x_ptr, corner, row_0, sizes, FORM))
+            loaded = loaded + _load_row(x_ptr, corner, row_0, sizes, 0, FORM)
         for row in range(row_0, last):
             next_loaded = ()
+            z = (row + length) >> 28
             for c in gl.static_range(_known(FORM.consumers)):
                 corner = _corner(group * FORM.consumers + c, tiles, FORM)
                 at = c * FORM.slots + slot
                 mbarrier.wait(empty.index(at), phase)
-                _put_row(loaded[c], xs, at, FORM)
+                _put_row(loaded[c * LOADS : (c + 1) * LOADS], xs, at, FORM)
                 mbarrier.arrive(full.index(at), count=1)
-                next_loaded = _append(next_loaded, _load_row(x_ptr, corner, row + 1, sizes, FORM))
+                next_loaded = next_loaded + _load_row(x_ptr, corner, row + 1, sizes, z, FORM)
             loaded = next_loaded
             slot += 1
             if slot == FORM.slots:
@@ -250,11 +258,11 @@ def _turn(x_ptr, xs, full, empty, sizes, tiles, work, FORM: gl.constexpr):
 
 @gluon.jit
 def _produce(shared, FORM: gl.constexpr):
-    x_ptr, x_0, x_1, x_2, x_3, xs, full, empty, sizes, tiles, work = shared
+    x_ptr, x_0, x_1, x_2, x_3, xs, full, empty, sizes, tiles, work, length = shared
     if FORM.x_last:
         _fetch((x_0, x_1, x_2, x_3), xs, full, empty, tiles, work, FORM)
     else:
-        _turn(x_ptr, xs, full, empty, sizes, tiles, work, FORM)
+        _turn(x_ptr, xs, full, empty, sizes, tiles, work, length, FORM)
 
 
 @gluon.jit
@@ -335,8 +343,8 @@ def _store_row(
         per_row, per_middle = O_M * O_W, O_W
     else:
         per_row, per_middle = O_W, O_R * O_W
-    # z keeps what follows from it inside the loop, and not in registers all the time.
-    plane = O_R * O_M * O_W + z
+    # z keeps what follows from it inside the loop, and not in registers all the time; 16 of it divide what 16 divides.
+    plane = O_R * O_M * O_W + z * 16
     PER_PIXEL: gl.constexpr = FORM.C_out if FORM.out_last else 1
     PIXELS: gl.constexpr = FORM.pixels * FORM.joined
     PAIRS: gl.constexpr = FORM.pair // 2
@@ -564,7 +572,7 @@ def hopper_march_kernel(
     begin = gl.program_id(0) * length
     work = (begin, gl.minimum(begin + length, total), rows)
     numbers = (scale, shift, lo, hi)
-    source = (x_ptr, x_0, x_1, x_2, x_3, xs, full, empty, sizes, tiles, work)
+    source = (x_ptr, x_0, x_1, x_2, x_3, xs, full, empty, sizes, tiles, work, length)
     rest = (out_ptr, xs, full, empty, ws, loaded, cs, sizes, tiles, work, length, channel_0, numbers)
     if FORM.consumers == 2:
         gl.warp_specialize(

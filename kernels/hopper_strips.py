@@ -223,3 +223,42 @@ def form_for(problem: Problem, march: March, unit: int, kinds: tuple[int, ...]) 
         registers=config.registers,
         ahead=config.ahead,
     )
+
+
+CONFIGS = tuple(
+    Config(64, channels, 2, slots, registers, False)
+    for channels in (64, 32, 16)
+    for slots in (2, 1)
+    for registers in (240, 192, 168)
+)
+
+
+def shared_memory(problem: Problem, config: Config) -> int:
+    axes = turned(problem, problem.axes)
+    taps = math.prod(axis.kernel for axis in problem.axes)
+    depth = block_k_of(problem) * problem.dtype.itemsize
+    _, m, w = (_shifts_along(axis.kernel, axis.stride, axis.padding) for axis in axes)
+    combs = len(m) * (len(w) + config.pixels // COMB - 1)
+    return taps * config.channels * depth + config.consumers * config.slots * combs * COMB * depth + 16 * config.channels + 512
+
+
+def accumulators(problem: Problem, config: Config) -> int:
+    row, middle, column = turned(problem, problem.axes)
+    _, m, w = (_shifts_along(axis.kernel, axis.stride, axis.padding) for axis in (row, middle, column))
+    carried = max(row.kernel - row.stride, 0) * middle.stride * column.stride
+    live = max(carried, column.stride) * config.pixels * config.channels // 128
+    depth = block_k_of(problem) * problem.dtype.itemsize
+    combs = len(m) * (len(w) + config.pixels // COMB - 1)
+    return live + combs * COMB * depth // 512
+
+
+def configs_for(problem: Problem) -> list[Config]:
+    want = 240 if problem.x_last else 192 if problem.dtype.itemsize == 4 else 168
+    return [
+        config
+        for config in CONFIGS
+        if config.registers == want
+        and shared_memory(problem, config) <= problem.shared_limit
+        and accumulators(problem, config) <= want - 76
+        and (config.channels == 16 or config.channels < 2 * problem.C_out)
+    ]
