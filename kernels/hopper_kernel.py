@@ -40,23 +40,24 @@ def _comb_layout(depth, bits):
 
 
 @gluon.constexpr_function
-def _last_layout(pixels, channels, bits):
-    """[pixels, channels] of a product, columns permuted by ``pack``: a thread's neighbours first."""
-    pair = pixels // 32
-    wide = 2 * _joined_columns(bits, channels)
-    registers = [[0, c] for c in _powers(wide, 1)] + [[p, 0] for p in _powers(pair, 1)]
-    registers += [[0, c] for c in _powers(channels // (4 * wide), 4 * wide)]
-    lanes = [[0, wide], [0, 2 * wide], [pair, 0], [2 * pair, 0], [4 * pair, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[8 * pair, 0], [16 * pair, 0]], [], [pixels, channels])
+def _tile_layout(form, bits):
+    """A tile of the output as it is in a product's registers, a thread's neighbours in memory first.
 
-
-@gluon.constexpr_function
-def _contiguous_layout(pixels, channels, joined):
-    """[channels, pixels * joined] of a product: a thread's neighbours first."""
-    wide = pixels // 32 * joined
-    registers = [[0, p] for p in _powers(wide, 1)] + [[1, 0]] + [[c, 0] for c in _powers(channels // 8, 8)]
-    lanes = [[2, 0], [4, 0], [0, wide], [0, 2 * wide], [0, 4 * wide]]
-    return gl.DistributedLinearLayout(registers, lanes, [[0, 8 * wide], [0, 16 * wide]], [], [channels, pixels * joined])
+    [pixels, channels] for channels_last, with columns permuted by ``pack``; else [channels, pixels * joined].
+    """
+    pair = form.pixels // 32
+    if form.out_last:
+        wide = 2 * _joined_columns(bits, form.channels)
+        registers = [[0, c] for c in _powers(wide, 1)] + [[p, 0] for p in _powers(pair, 1)]
+        registers += [[0, c] for c in _powers(form.channels // (4 * wide), 4 * wide)]
+        lanes = [[0, wide], [0, 2 * wide], [pair, 0], [2 * pair, 0], [4 * pair, 0]]
+        warps, shape = [[8 * pair, 0], [16 * pair, 0]], [form.pixels, form.channels]
+    else:
+        wide = pair * form.joined
+        registers = [[0, p] for p in _powers(wide, 1)] + [[1, 0]] + [[c, 0] for c in _powers(form.channels // 8, 8)]
+        lanes = [[2, 0], [4, 0], [0, wide], [0, 2 * wide], [0, 4 * wide]]
+        warps, shape = [[0, 8 * wide], [0, 16 * wide]], [form.channels, form.pixels * form.joined]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
 
 
 @gluon.constexpr_function
@@ -67,16 +68,6 @@ def _row_layout(depth, pair, bits):
     registers += [[c, 0, 0] for c in _powers(depth // (4 * vector), 4 * vector)]
     lanes = [[0, p, 0] for p in _powers(32, 1)]
     return gl.DistributedLinearLayout(registers, lanes, [[vector, 0, 0], [2 * vector, 0, 0]], [], [depth, 32, pair])
-
-
-@gluon.constexpr_function
-def _comb_of_row_layout(depth, bits):
-    """[depth, 32]: the same without pairs."""
-    vector = min(16 * 8 // bits, depth // 4)
-    registers = [[c, 0] for c in _powers(vector, 1)] + [[c, 0] for c in _powers(depth // (4 * vector), 4 * vector)]
-    return gl.DistributedLinearLayout(
-        registers, [[0, p] for p in _powers(32, 1)], [[vector, 0], [2 * vector, 0]], [], [depth, 32]
-    )
 
 
 @gluon.constexpr_function
@@ -119,7 +110,7 @@ def _begin(group, work, FORM: gl.constexpr):
 @gluon.jit
 def _fetch(descriptors, xs, full, empty, tiles, work, FORM: gl.constexpr):
     """Rows of a channels_last x, by the copy engine."""
-    BYTES: gl.constexpr = FORM.rows_fetched * 32 * FORM.depth * (xs.dtype.primitive_bitwidth // 8)
+    BYTES: gl.constexpr = FORM.combs_fetched * 32 * FORM.depth * (xs.dtype.primitive_bitwidth // 8)
     begin, end, rows = work
     slot = 0
     phase = 1
@@ -137,7 +128,7 @@ def _fetch(descriptors, xs, full, empty, tiles, work, FORM: gl.constexpr):
                             descriptors[_known((FORM.first[1] + j) % FORM.pair)],
                             [n, row, m + (FORM.first[0] + s_m), w // FORM.pair + (FORM.first[1] + j) // FORM.pair, 0],
                             full.index(at),
-                            xs.index(at * FORM.rows_fetched + s_m * FORM.combs + j),
+                            xs.index(at * FORM.combs_fetched + s_m * FORM.combs + j),
                         )
             slot += 1
             if slot == FORM.slots:
@@ -146,59 +137,53 @@ def _fetch(descriptors, xs, full, empty, tiles, work, FORM: gl.constexpr):
 
 
 @gluon.jit
-def _comb_pointers(x_ptr, corner, row, sizes, z, s_m, j, layout: gl.constexpr, FORM: gl.constexpr):
-    """Where pixels pair * p + j of a row are, and whether; [depth, 32], or [depth, 32, pair] beginning with comb j."""
+def _row_pointers(x_ptr, corner, row, sizes, z, s_m, LAYOUT: gl.constexpr, FORM: gl.constexpr):
+    """Where every pixel pair * p of a row is, [depth, 32]; its position along W; and whether its row exists."""
     N, R, M, W = sizes
     n, m, w = corner
-    ROW: gl.constexpr = layout if len(layout.shape) == 2 else gl.SliceLayout(2, layout)
-    p = gl.arange(0, 32, layout=gl.SliceLayout(0, ROW))
-    channel = gl.arange(0, FORM.depth, layout=gl.SliceLayout(1, ROW))
+    p = gl.arange(0, 32, layout=gl.SliceLayout(0, LAYOUT))
+    channel = gl.arange(0, FORM.depth, layout=gl.SliceLayout(1, LAYOUT))
     if FORM.along_d:
         per_row, per_middle = M * W, W
     else:
         per_row, per_middle = W, R * W
     plane = R * M * W
-    q_w = w + p % FORM.box[2] * FORM.pair + j
-    q_m = m + s_m + p // FORM.box[2] % FORM.box[1]
+    in_row = p % FORM.box[2] * FORM.pair
+    in_m = p // FORM.box[2] % FORM.box[1]
     image = p // (FORM.box[2] * FORM.box[1])
-    base = x_ptr + n.to(gl.int64) * (FORM.C_in * plane) + row * per_row
-    if FORM.box[0] == 1 and FORM.box[1] == 1:
-        base += (m + s_m) * per_middle
-        at = q_w
-    else:
-        at = image * (FORM.C_in * plane) + q_m * per_middle + q_w
-    exists = (row < R) & (n + image < N) & (q_m >= 0) & (q_m < M)
+    at = in_row
+    if FORM.box[1] > 1:
+        at += in_m * per_middle
+    if FORM.box[0] > 1:
+        at += image * (FORM.C_in * plane)
+    # z keeps what follows from it inside the loop, and not in registers all the time; 16 of it divide what 16 divides.
     at = (channel * (plane + z * 16))[:, None] + at[None, :]
-    if len(layout.shape) == 3:
-        e = gl.arange(0, FORM.pair, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-        at = gl.expand_dims(at, 2) + e[None, None, :]
-        q_w = gl.expand_dims(q_w[None, :], 2) + e[None, None, :]
-        exists = gl.expand_dims(exists[None, :], 2) & (q_w >= 0) & (q_w < W)
-        if FORM.C_in != FORM.depth:
-            exists = exists & gl.expand_dims((channel < FORM.C_in)[:, None], 2)
-    else:
-        exists = (exists & (q_w >= 0) & (q_w < W))[None, :]
-        if FORM.C_in != FORM.depth:
-            exists = exists & (channel < FORM.C_in)[:, None]
-    return base + at, exists
+    base = x_ptr + n.to(gl.int64) * (FORM.C_in * plane) + (row * per_row + (m + s_m) * per_middle + w)
+    q_m = m + s_m + in_m
+    exists = ((row < R) & (n + image < N) & (q_m >= 0) & (q_m < M))[None, :]
+    if FORM.C_in != FORM.depth:
+        exists = exists & (channel < FORM.C_in)[:, None]
+    return base + at, (w + in_row)[None, :], exists
 
 
 @gluon.jit
-def _load_row(x_ptr, corner, row, sizes, z, FORM: gl.constexpr):
-    """A row of a strip of a contiguous x: for each shift along the other dimension, its combs, [depth, 32] each."""
+def _load_row(x_ptr, corner, row, sizes, z, z_2, FORM: gl.constexpr):
+    """A row of a strip of a contiguous x: for each shift along the other dimension, whole pixels, and more combs."""
     BITS: gl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth
     WIDE: gl.constexpr = _row_layout(FORM.depth, FORM.pair, BITS)
-    NARROW: gl.constexpr = _comb_of_row_layout(FORM.depth, BITS)
+    NARROW: gl.constexpr = gl.SliceLayout(2, WIDE)
+    W = sizes[3]
+    e = gl.arange(0, FORM.pair, layout=gl.SliceLayout(0, gl.SliceLayout(1, WIDE)))[None, None, :]
     loaded = ()
     for s_m in gl.static_range(_known(FORM.shifts[0])):
-        at, exists = _comb_pointers(x_ptr, corner, row, sizes, z, FORM.first[0] + s_m, 0, WIDE, FORM)
-        loaded = _append(loaded, gl.load(at, mask=exists, other=0.0))
+        x_ptrs, q, exists = _row_pointers(x_ptr, corner, row, sizes, z, FORM.first[0] + s_m, NARROW, FORM)
+        here = gl.expand_dims(exists, 2) & (gl.expand_dims(q, 2) + e < W)
+        loaded = _append(loaded, gl.load(gl.expand_dims(x_ptrs, 2) + e, mask=here, other=0.0))
         for j in gl.static_range(_known(FORM.combs)):
             if FORM.first[1] + j < 0 or FORM.first[1] + j >= FORM.pair:
-                at, exists = _comb_pointers(
-                    x_ptr, corner, row, sizes, z, FORM.first[0] + s_m, FORM.first[1] + j, NARROW, FORM
-                )
-                loaded = _append(loaded, gl.load(at, mask=exists, other=0.0))
+                x_ptrs, q, exists = _row_pointers(x_ptr, corner, row, sizes, z_2, FORM.first[0] + s_m, NARROW, FORM)
+                here = exists & (q + (FORM.first[1] + j) >= 0) & (q + (FORM.first[1] + j) < W)
+                loaded = _append(loaded, gl.load(x_ptrs + (FORM.first[1] + j), mask=here, other=0.0))
     return loaded
 
 
@@ -222,7 +207,7 @@ def _put_row(loaded, xs, at, FORM: gl.constexpr):
                 x = inner[_known(FORM.first[1] + j)]
             else:
                 x = loaded[s_m * PER_SHIFT + 1 + j - FORM.pair + max(FORM.first[1], 0)]
-            place = xs.index(at * FORM.rows_fetched + s_m * FORM.combs + j)
+            place = xs.index(at * FORM.combs_fetched + s_m * FORM.combs + j)
             place.reshape([32, FORM.depth]).permute([1, 0]).store(x)
 
 
@@ -238,17 +223,19 @@ def _turn(x_ptr, xs, full, empty, sizes, tiles, work, length, FORM: gl.constexpr
         loaded = ()
         for c in gl.static_range(_known(FORM.consumers)):
             corner = _corner(group * FORM.consumers + c, tiles, FORM)
-            loaded = loaded + _load_row(x_ptr, corner, row_0, sizes, 0, FORM)
+            loaded = loaded + _load_row(x_ptr, corner, row_0, sizes, 0, 0, FORM)
         for row in range(row_0, last):
             next_loaded = ()
-            z = (row + length) >> 28
             for c in gl.static_range(_known(FORM.consumers)):
                 corner = _corner(group * FORM.consumers + c, tiles, FORM)
                 at = c * FORM.slots + slot
                 mbarrier.wait(empty.index(at), phase)
                 _put_row(loaded[c * LOADS : (c + 1) * LOADS], xs, at, FORM)
                 mbarrier.arrive(full.index(at), count=1)
-                next_loaded = next_loaded + _load_row(x_ptr, corner, row + 1, sizes, z, FORM)
+                # Another zero for each, so that nothing is kept from one to the next.
+                z = (row + c + length) >> 28
+                z_2 = (row + c + FORM.consumers + length) >> 28
+                next_loaded = next_loaded + _load_row(x_ptr, corner, row + 1, sizes, z, z_2, FORM)
             loaded = next_loaded
             slot += 1
             if slot == FORM.slots:
@@ -294,7 +281,7 @@ def _add(carried, zero, xs, ws, z, R: gl.constexpr, FIRST: gl.constexpr, COUNT: 
     """Phases FIRST to FIRST + COUNT of output row R of the step."""
     accs = ()
     for e in gl.static_range(FIRST, FIRST + COUNT):
-        if R < FORM.carried:
+        if FORM.carried > R:
             acc = _add_taps(carried[R * FORM.phases + e], xs, ws, z, False, _known(FORM.taps[R][e]))
         else:
             acc = _add_taps(zero, xs, ws, z, True, _known(FORM.taps[R][e]))
@@ -329,9 +316,7 @@ def _tail(y, cs, numbers, layout: gl.constexpr, FORM: gl.constexpr):
 
 
 @gluon.jit
-def _store_row(
-    accs, out_ptr, corner, o_r, e_m: gl.constexpr, sizes, z, channel_0, cs, numbers, FORM: gl.constexpr
-):
+def _store_row(accs, out_ptr, corner, o_r, e_m: gl.constexpr, sizes, z, channel_0, cs, numbers, FORM: gl.constexpr):
     """Phases along W of an output row, each [pixels, channels]."""
     N, R, M, W = sizes
     n, m, w = corner
@@ -349,14 +334,9 @@ def _store_row(
     PIXELS: gl.constexpr = FORM.pixels * FORM.joined
     PAIRS: gl.constexpr = FORM.pair // 2
     JOINED: gl.constexpr = _joined_columns(BITS, FORM.channels)
-    if FORM.out_last:
-        layout: gl.constexpr = _last_layout(FORM.pixels, FORM.channels, BITS)
-        PIXEL: gl.constexpr = gl.SliceLayout(1, layout)
-        CHANNEL: gl.constexpr = gl.SliceLayout(0, layout)
-    else:
-        layout: gl.constexpr = _contiguous_layout(FORM.pixels, FORM.channels, FORM.joined)
-        PIXEL: gl.constexpr = gl.SliceLayout(0, layout)
-        CHANNEL: gl.constexpr = gl.SliceLayout(1, layout)
+    LAYOUT: gl.constexpr = _tile_layout(FORM, BITS)
+    PIXEL: gl.constexpr = gl.SliceLayout(FORM.out_last, LAYOUT)
+    CHANNEL: gl.constexpr = gl.SliceLayout(1 - FORM.out_last, LAYOUT)
 
     base = out_ptr + n.to(gl.int64) * (FORM.C_out * (O_R * O_M * O_W))
     base += (o_r * per_row + (m * FORM.stride[1] + e_m) * per_middle + w * FORM.stride[2]) * PER_PIXEL
@@ -392,8 +372,8 @@ def _store_row(
                 y = gl.join(gl.join(y, accs[e + 2]), gl.join(accs[e + 1], accs[e + 3]))
             y = y.reshape([PAIRS, 4, 2, 8, FORM.channels, FORM.joined])
             y = y.permute([4, 1, 3, 0, 2, 5]).reshape([FORM.channels, PIXELS])
-        y = gl.convert_layout(y, layout, assert_trivial=False)
-        y = _tail(y, cs, numbers, layout, FORM).to(out_ptr.dtype.element_ty)
+        y = gl.convert_layout(y, LAYOUT, assert_trivial=False)
+        y = _tail(y, cs, numbers, LAYOUT, FORM).to(out_ptr.dtype.element_ty)
         y_ptr = base + e * PER_PIXEL + at
         if FORM.whole:
             gl.store(y_ptr, y)
@@ -417,7 +397,7 @@ def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FORM.channels, 256 // BITS])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 32 // BITS)
     COMB: gl.constexpr = _comb_layout(FORM.depth, BITS)
-    N, R, M, W = sizes
+    R = sizes[1]
     begin, end, rows = work
     O_R = R * FORM.stride[0] + (FORM.growth[0] - FORM.stride[0])
     zero = gl.zeros([PIXELS, CHANNELS], gl.float32, layout=PRODUCT)
@@ -437,8 +417,8 @@ def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
             at = INDEX * FORM.slots + slot
             mbarrier.wait(full.index(at), phase)
             combs = ()
-            for j in gl.static_range(_known(FORM.rows_fetched)):
-                comb = xs.index(at * FORM.rows_fetched + j).reshape([32, FORM.depth])
+            for j in gl.static_range(_known(FORM.combs_fetched)):
+                comb = xs.index(at * FORM.combs_fetched + j).reshape([32, FORM.depth])
                 combs = _append(combs, comb.load(COMB))
             # Without the fence the copy engine may overwrite what is still being loaded.
             fence_async_shared()
@@ -449,7 +429,7 @@ def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
                 phase ^= 1
 
             rounded = ()
-            for j in gl.static_range(_known(FORM.rows_fetched)):
+            for j in gl.static_range(_known(FORM.combs_fetched)):
                 rounded = _append(rounded, _rounded_to_tf32(combs[j]) if FORM.tf32 else combs[j])
             x = ()
             for s_m in gl.static_range(_known(FORM.shifts[0])):
@@ -459,7 +439,7 @@ def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
             accs = _add(carried, zero, x, ws, z, 0, 0, FORM.stride[2], FORM)
             for index in gl.static_range(_known(FORM.stride[0] * FORM.stride[1])):
                 done = warpgroup_mma_wait(0, deps=accs + x)
-                x = done[FORM.stride[2]:]
+                x = done[FORM.stride[2] :]
                 if FORM.ahead:
                     accs = _next(carried, zero, x, ws, z, index + 1, FORM)
                 o_r = row * FORM.stride[0] + (index // FORM.stride[1] - FORM.padding[0])
@@ -476,8 +456,8 @@ def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
 
 @gluon.jit
 def _next(carried, zero, x, ws, z, INDEX: gl.constexpr, FORM: gl.constexpr):
-    """The products of row and phase INDEX of those that a step stores; behind the last, of all rows that are carried."""
-    if INDEX < FORM.stride[0] * FORM.stride[1]:
+    """The products of the INDEX-th row that a step stores; behind the last, of all that are carried."""
+    if FORM.stride[0] * FORM.stride[1] > INDEX:
         accs = _add(
             carried,
             zero,
@@ -537,10 +517,8 @@ def hopper_march_kernel(
     tiles_c = gl.num_programs(1)
 
     ws = gl.allocate_shared_memory(dtype, [TAPS, FORM.channels, FORM.depth], weight.layout)
-    if FORM.x_last:
-        xs = gl.allocate_shared_memory(dtype, [BARRIERS * FORM.rows_fetched] + x_0.block_shape, x_0.layout)
-    else:
-        xs = gl.allocate_shared_memory(dtype, [BARRIERS * FORM.rows_fetched, 32, FORM.depth], X_LAYOUT)
+    COMB: gl.constexpr = [BARRIERS * FORM.combs_fetched, FORM.box[0], 1, FORM.box[1], FORM.box[2], FORM.depth]
+    xs = gl.allocate_shared_memory(dtype, COMB, X_LAYOUT)
     cs = gl.allocate_shared_memory(gl.float32, [4, FORM.channels], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
@@ -563,9 +541,7 @@ def hopper_march_kernel(
     mbarrier.init(loaded, count=1)
     mbarrier.expect(loaded, TAPS * FORM.channels * FORM.depth * (dtype.primitive_bitwidth // 8))
     for tap in gl.static_range(TAPS):
-        tma.async_copy_global_to_shared(
-            weight, [tap * (tiles_c * FORM.channels) + channel_0, 0], loaded, ws.index(tap)
-        )
+        tma.async_copy_global_to_shared(weight, [tap * (tiles_c * FORM.channels) + channel_0, 0], loaded, ws.index(tap))
 
     sizes = (N, R, M, width * FORM.unit)
     tiles = (tiles_m, tiles_w)
@@ -582,7 +558,12 @@ def hopper_march_kernel(
         )
     elif FORM.consumers == 3:
         gl.warp_specialize(
-            [(_produce, (source, FORM)), (_consume, (0, rest, FORM)), (_consume, (1, rest, FORM)), (_consume, (2, rest, FORM))],
+            [
+                (_produce, (source, FORM)),
+                (_consume, (0, rest, FORM)),
+                (_consume, (1, rest, FORM)),
+                (_consume, (2, rest, FORM)),
+            ],
             [4, 4, 4],
             [FORM.registers, FORM.registers, FORM.registers],
         )

@@ -1,29 +1,87 @@
-import math
+"""y = min(max(a * conv_transpose(x, w) + b, lo), hi) on Hopper: the march of ``row_march``, for its copy engine.
+
+The equation and the march are those of ``row_march``. A program keeps a tile of the weight, [taps, channels, C_in], in
+shared memory and walks down rows of strips with three or more warp groups:
+
+    producer     fetches each row of x once for each comb of pixels (see ``hopper_form``): for a channels_last x by the
+                 copy engine, while a contiguous one is loaded into registers, a row ahead, and turned on its way
+    consumers    each walk a strip of their own. x is the left operand of their products, from registers, where float32
+                 is rounded to TF32; the accumulators are [pixels, channels] and go from registers to memory, 16 bytes a
+                 thread: contiguous, since a thread holds neighbouring pixels and all phases of a row; channels_last,
+                 since ``pack`` permutes the weight's columns
+
+All rows of all strips are one run, dealt out evenly to the multiprocessors. y is written once, and rounded once. Beyond
+its edge x counts as zero, so a weight that is not finite makes NaN there.
+
+Gluon is an experimental part of triton: it is imported at the first launch, and where that, the compilation or the
+launch fails, the operator says so once and goes on with ``conv_transpose``'s kernels.
+"""
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from fusion_backend.kernels.coefficients import Coefficients
-from fusion_backend.kernels.hopper_strips import Config, March, form_for
+from fusion_backend.kernels import conv_transpose, hopper_strips
+from fusion_backend.kernels.arguments import axes_for, check_inputs
+from fusion_backend.kernels.coefficients import Coefficients, Tensors, check_coefficients, coefficients_for
+from fusion_backend.kernels.hopper_strips import Config, March, choose_march, form_for, why_not_shape
 from fusion_backend.kernels.launching import unit_of
-from fusion_backend.kernels.problem import Problem
+from fusion_backend.kernels.layout import empty, is_channels_last
+from fusion_backend.kernels.packed import PackedWeights
+from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.strips import block_k_of, three_sizes, turned
 from fusion_backend.kernels.tf32 import round_to_tf32
 
+log = logging.getLogger(__name__)
+
+HOPPER = 9  # major compute capability
+
+packed_weights = PackedWeights()
+
+
+@functools.cache
+def _gluon() -> tuple[Any, Any, Any]:
+    """The kernel, Gluon's language and the copy engine's descriptors."""
+    from triton.experimental.gluon import language
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from fusion_backend.kernels.hopper_kernel import hopper_march_kernel
+
+    return hopper_march_kernel, language, TensorDescriptor
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why the march does not take a problem on a Hopper GPU, in words; None where it does."""
+    try:
+        _gluon()
+    except Exception as raised:  # whatever an experimental interface raises when it has changed
+        return f"this triton has no Gluon that the kernel knows: {raised}"
+    return hopper_strips.why_not(problem)
+
 
 def pack(weight: torch.Tensor, problem: Problem, config: Config) -> torch.Tensor:
-    """[taps * C_out, C_in], both filled up with zeros to whole blocks, and rounded where the product is TF32."""
+    """[taps * C_out, C_in], both filled up with zeros to whole blocks, and rounded where the product is TF32.
+
+    For a channels_last output, columns are permuted so that a thread's are neighbours: of a product's column
+    8*i + 2*t + j, lane t holds the values.
+    """
     packed = weight.reshape(problem.C_in, problem.C_out, -1).permute(2, 1, 0)
     packed = packed.clone(memory_format=torch.contiguous_format)
     if problem.tf32:
         packed = round_to_tf32(packed)
-    packed = F.pad(packed, (0, block_k_of(problem) - problem.C_in, 0, -problem.C_out % config.channels))
+    missing = (block_k_of(problem) - problem.C_in, -problem.C_out % config.channels)
+    if any(missing):
+        packed = F.pad(packed, (0, missing[0], 0, missing[1]))
     taps, C_out, depth = packed.shape
     if problem.out_last:
-        joined = min(8 // weight.element_size(), config.channels // 8)
-        packed = packed.view(taps, -1, 4, joined, 2, depth).transpose(2, 3)
-    return packed.reshape(taps * C_out, depth).contiguous()
+        neighbours = min(8 // problem.dtype.itemsize, config.channels // 8)
+        packed = packed.view(taps, -1, 4, neighbours, 2, depth).transpose(2, 3)
+    return packed.reshape(taps * C_out, depth)
 
 
 def launch(
@@ -34,45 +92,31 @@ def launch(
     march: March,
     coefficients: Coefficients,
 ) -> Any:
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    """Fill ``out`` from ``x``, both dense, that is contiguous or channels_last, and from what ``pack`` returns.
 
-    from fusion_backend.kernels.hopper_kernel import hopper_march_kernel
-
+    A channels_last x begins at a multiple of 16 bytes. Returns the compiled kernel.
+    """
     if out.numel() == 0:
         return None
+    kernel, _, TensorDescriptor = _gluon()
     N, _, *sizes = x.shape
     R, M, W = turned(problem, three_sizes(sizes))
     unit = unit_of(W)
-    kinds = tuple(
-        (2 if tensor is not None else 1) if present else 0
-        for tensor, present in zip(coefficients.tensors, coefficients.present, strict=True)
-    )
-    form = form_for(problem, march, unit, kinds)
-    dtype = {torch.float32: gl.float32, torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[x.dtype]
+    form = form_for(problem, march, unit, _kinds(coefficients))
+    weight_layout, x_layout = _layouts(x.dtype, form.channels, form.depth, form.box)
     block = [form.channels, form.depth]
-    weight = TensorDescriptor(
-        packed, list(packed.shape), [form.depth, 1], block, gl.NVMMASharedLayout.get_default_for(block, dtype)
-    )
+    weight = TensorDescriptor(packed, list(packed.shape), [form.depth, 1], block, weight_layout)
     combs: list[Any] = [None] * 4
-    x_ptr, x_layout = x, gl.NVMMASharedLayout.get_default_for([32, form.depth], dtype)
     if form.x_last:
-        x_ptr = None
         C = problem.C_in
-        per_row, per_middle = (M * W * C, W * C) if form.along_d else (W * C, R * W * C)
-        block = [form.box[0], 1, form.box[1], form.box[2], form.depth]
-        layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+        strides = [R * M * W * C, *((M * W * C, W * C) if form.along_d else (W * C, R * W * C)), form.pair * C, 1]
+        block = [form.box[0], 1, *form.box[1:], form.depth]
         for h in range(form.pair):
-            combs[h] = TensorDescriptor(
-                x[..., h:],
-                [N, R, M, -((h - W) // form.pair), C],
-                [R * M * W * C, per_row, per_middle, form.pair * C, 1],
-                block,
-                layout,
-            )
-    return hopper_march_kernel[march.grid](
+            pixels = (W - h + form.pair - 1) // form.pair
+            combs[h] = TensorDescriptor(x[..., h:], [N, R, M, pixels, C], strides, block, x_layout)
+    return kernel[march.grid](
         out,
-        x_ptr,
+        None if form.x_last else x,
         *combs,
         weight,
         *coefficients.tensors,
@@ -89,3 +133,159 @@ def launch(
         form,
         num_warps=4,
     )
+
+
+def _kinds(coefficients: Coefficients) -> tuple[int, int, int, int]:
+    scale, shift, lo, hi = (
+        (2 if tensor is not None else 1) if there else 0
+        for tensor, there in zip(coefficients.tensors, coefficients.present, strict=True)
+    )
+    return scale, shift, lo, hi
+
+
+@functools.cache
+def _layouts(dtype: torch.dtype, channels: int, depth: int, box: tuple[int, int, int]) -> tuple[Any, Any]:
+    """Of the weight and of a comb of x in shared memory."""
+    _, gl, _ = _gluon()
+    element = getattr(gl, str(dtype).removeprefix("torch."))
+    layout = gl.NVMMASharedLayout.get_default_for
+    return layout([channels, depth], element), layout([box[0], 1, *box[1:], depth], element)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call works out from everything but the values: kept, since a small site takes less time than that."""
+
+    shape: tuple[int, ...]
+    out_last: bool
+    problem: Problem
+    march: March
+
+
+# For each kind of call a plan, or None where ``conv_transpose`` takes it.
+_plans: dict[Any, Plan | None] = {}
+MOST_PLANS = 1024
+
+# Why Gluon is given up for the rest of the process.
+_broken: list[str] = []
+
+
+def _plan(
+    x: torch.Tensor, weight: torch.Tensor, axes_of: tuple[Any, ...], groups: int, out_last: bool, allow_tf32: bool
+) -> Plan | None:
+    """None where the march does not take it. Raises as ``conv_transpose`` does."""
+    check_inputs(x, weight, groups)
+    axes = axes_for(x.dim() - 2, weight.shape[2:], *axes_of)
+    sizes = [axis.output_size(size) for axis, size in zip(axes, x.shape[2:], strict=True)]
+    if x.device.type != "cuda" or torch.version.hip is not None or min(sizes) < 1:
+        return None
+    if torch.cuda.get_device_capability(x.device)[0] != HOPPER:
+        return None
+    problem = problem_for(x, weight, axes, groups, out_last, allow_tf32)
+    reason = why_not(problem)
+    if reason is None:
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        march = choose_march(problem, x.shape, processors)
+        reason = why_not_shape(problem, x.shape, march)
+    if reason is not None:
+        log.debug("not for the march on Hopper: %s", reason)
+        return None
+    return Plan((x.shape[0], problem.C_out, *sizes), out_last, problem, march)
+
+
+def _planned(
+    x: torch.Tensor, weight: torch.Tensor, axes_of: tuple[Any, ...], groups: int, out_last: bool, allow_tf32: bool
+) -> Plan | None:
+    tensors = (x.shape, x.dtype, x.device, is_channels_last(x), weight.shape, weight.dtype, weight.device)
+    key = (*tensors, axes_of, groups, out_last, allow_tf32)
+    if key not in _plans:
+        if len(_plans) == MOST_PLANS:
+            _plans.clear()
+        _plans[key] = _plan(x, weight, axes_of, groups, out_last, allow_tf32)
+    return _plans[key]
+
+
+def _give_up(raised: Exception) -> None:
+    _broken.append(f"{type(raised).__name__}: {raised}")
+    first = " ".join(str(raised).split())[:200]
+    log.warning("the Gluon kernel does not run here, from now on others do: %s: %s", type(raised).__name__, first)
+
+
+@torch.library.custom_op("fused_post::conv_transpose_hopper", mutates_args=(), tags=(torch.Tag.flexible_layout,))
+def conv_transpose_hopper(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    lo: torch.Tensor | None = None,
+    hi: torch.Tensor | None = None,
+    scale_number: float = 1.0,
+    shift_number: float = 0.0,
+    lo_number: float | None = None,
+    hi_number: float | None = None,
+    channels_last: bool | None = None,
+    allow_tf32: bool = True,
+) -> torch.Tensor:
+    """What ``conv_transpose`` computes, by the march where the GPU is a Hopper and the march takes it.
+
+    Arguments, result and errors are those of ``conv_transpose``. The weight is packed once, see ``packed``.
+    """
+    tensors: Tensors = (scale, shift, lo, hi)
+    numbers = (scale_number, shift_number, lo_number, hi_number)
+    if is_channels_last(x) is None:
+        x = x.clone(memory_format=torch.contiguous_format)
+    x_last = bool(is_channels_last(x))
+    out_last = x_last if channels_last is None else channels_last
+    axes_of = tuple(tuple(sizes) for sizes in (stride, padding, output_padding, dilation))
+    plan = None if _broken else _planned(x, weight, axes_of, groups, out_last, allow_tf32)
+    if plan is not None and not (x_last and x.data_ptr() % hopper_strips.COPY_BYTES):
+        check_coefficients(plan.problem.C_out, x.device, tensors)
+        out = empty(plan.shape, x, out_last)
+        coefficients = coefficients_for(out, tensors, numbers)
+        key = (plan.problem.tf32, out_last, plan.march.config.channels)
+        packed = packed_weights.get(weight, key, lambda: pack(weight, plan.problem, plan.march.config))
+        try:
+            launch(out, x, packed, plan.problem, plan.march, coefficients)
+        except Exception as raised:  # an experimental interface: anything may have changed
+            _give_up(raised)
+        else:
+            return out
+    ran = conv_transpose.run(
+        x, weight, stride, padding, output_padding, dilation, groups, tensors, numbers, channels_last, allow_tf32
+    )
+    assert ran is not None, "None is for gates"
+    return ran[0]
+
+
+@conv_transpose_hopper.register_fake
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    lo: torch.Tensor | None = None,
+    hi: torch.Tensor | None = None,
+    scale_number: float = 1.0,
+    shift_number: float = 0.0,
+    lo_number: float | None = None,
+    hi_number: float | None = None,
+    channels_last: bool | None = None,
+    allow_tf32: bool = True,
+) -> torch.Tensor:
+    check_inputs(x, weight, groups)
+    C_out = weight.shape[1] * groups
+    check_coefficients(C_out, x.device, (scale, shift, lo, hi))
+    axes = axes_for(x.dim() - 2, weight.shape[2:], stride, padding, output_padding, dilation)
+    sizes = [axis.output_size(size) for axis, size in zip(axes, x.shape[2:], strict=True)]
+    out_last = bool(is_channels_last(x)) if channels_last is None else channels_last
+    return empty((x.shape[0], C_out, *sizes), x, out_last)

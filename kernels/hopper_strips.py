@@ -1,22 +1,20 @@
 """How the march on Hopper is cut into strips and programs: what it takes, its configurations, and which is chosen.
 
-A strip is ``pixels`` columns of x, dealt out over an image's row: pixel pair*p + j is the p-th of comb j. An output
-needs x at a few shifts s, and x[pair*p + h + s] is the p-th of comb h + s, so all shifts together take only
-shifts + pair - 1 combs of 32 pixels. Everything is worked out without a GPU and without triton.
+Everything is worked out from sizes, the dtype and a block's shared memory, without a GPU and without Gluon.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
+from fusion_backend.kernels.hopper_form import COMB, Form, shifts_along
 from fusion_backend.kernels.phases import Axis
 from fusion_backend.kernels.problem import Problem
-from fusion_backend.kernels.rounding import cdiv, next_power_of_2
-from fusion_backend.kernels.strips import block_k_of, three_sizes, turned
-
-COMB = 32  # pixels, 8 for each warp of a consumer
+from fusion_backend.kernels.rounding import cdiv
+from fusion_backend.kernels.strips import along_d, block_k_of, three_sizes, turned
 
 
 @dataclass(frozen=True)
@@ -25,187 +23,158 @@ class Config:
 
     pixels: int
     channels: int
-    consumers: int  # warp groups of 4 warps, each with a strip
+    consumers: int  # warp groups, each with a strip
     slots: int  # rows of x in shared memory for each
     registers: int  # of a consumer's thread
-    ahead: bool  # the next products run while a row is stored
-
-
-@dataclass(frozen=True)
-class Form:
-    """What is compiled into a kernel. Triples are along the march, the other dimension, and W."""
-
-    kernel: tuple[int, int, int]
-    stride: tuple[int, int, int]
-    padding: tuple[int, int, int]
-    growth: tuple[int, int, int]
-    along_d: bool
-    C_in: int
-    C_out: int
-    depth: int  # C_in, filled up to a power of two
-    box: tuple[int, int, int]  # of a comb: images, rows along the other dimension, pixels
-    whole: bool  # all strips are full, and no phase is short
-    unit: int  # W counts units of so many pixels: the compiler sees only whether 16 divides a number
-    x_last: bool
-    out_last: bool
-    tf32: bool
-    kinds: tuple[int, int, int, int]  # scale, shift, lo, hi: 0 none, 1 a number, 2 a tensor
-    pixels: int
-    channels: int
-    consumers: int
-    slots: int
-    registers: int
-    ahead: bool
-
-    @property
-    def pair(self) -> int:
-        return self.pixels // COMB
-
-    @property
-    def halo(self) -> int:
-        """Rows that a march must begin early."""
-        return (self.kernel[0] - 1) // self.stride[0]
-
-    @property
-    def carried(self) -> int:
-        """Output rows that wait for more rows of x."""
-        return max(self.kernel[0] - self.stride[0], 0)
-
-    @property
-    def phases(self) -> int:
-        """Of an output row of the march."""
-        return self.stride[1] * self.stride[2]
-
-    @property
-    def first(self) -> tuple[int, int]:
-        """The lowest shift along the other dimension and along W."""
-        _, m, w = (_shifts_along(*axis) for axis in self._axes)
-        return m.start, w.start
-
-    @property
-    def shifts(self) -> tuple[int, int]:
-        _, m, w = (_shifts_along(*axis) for axis in self._axes)
-        return len(m), len(w)
-
-    @property
-    def combs(self) -> int:
-        return self.shifts[1] + self.pair - 1
-
-    @property
-    def joined(self) -> int:
-        """Phases along W that are interleaved before they are stored."""
-        return self.stride[2] if not self.out_last and self.stride[2] in (2, 4) else 1
-
-    @property
-    def taps(self) -> tuple[tuple[tuple[tuple[int, int], ...], ...], ...]:
-        """For each row r that a step adds to, and each phase of it: pairs of a shift and a tap of the weight."""
-        return tuple(
-            tuple(self._taps(r, e_m, e_w) for e_m in range(self.stride[1]) for e_w in range(self.stride[2]))
-            for r in range(self.stride[0] + self.carried)
-        )
-
-    @property
-    def rows_fetched(self) -> int:
-        """Of 32 pixels, for a step of one strip."""
-        return self.shifts[0] * self.combs
-
-    @property
-    def _axes(self) -> tuple[tuple[int, int, int], ...]:
-        return tuple(zip(self.kernel, self.stride, self.padding, strict=True))
-
-    def _taps(self, r: int, e_m: int, e_w: int) -> tuple[tuple[int, int], ...]:
-        _, (kernel_m, stride_m, padding_m), (kernel_w, stride_w, padding_w) = self._axes
-        first_m, first_w = self.first
-        return tuple(
-            (
-                ((e_m + padding_m - k_m) // stride_m - first_m) * self.shifts[1]
-                + (e_w + padding_w - k_w) // stride_w
-                - first_w,
-                (r * kernel_m + k_m) * kernel_w + k_w,
-            )
-            for k_m in range(kernel_m if r < self.kernel[0] else 0)
-            for k_w in range(kernel_w)
-            if (e_m + padding_m - k_m) % stride_m == 0 and (e_w + padding_w - k_w) % stride_w == 0
-        )
-
-
-def _shifts_along(kernel: int, stride: int, padding: int) -> range:
-    """Of x for all phases: (phase + padding - tap) / stride, where that leaves no remainder."""
-    return range(-((kernel - 1 - padding) // stride), (padding + stride - 1) // stride + 1)
+    ahead: bool  # whether the next products run while a row is stored
 
 
 @dataclass(frozen=True)
 class March:
-    """A configuration cut to a problem: ``groups`` of strips side by side, of ``rows`` steps each.
+    """A configuration cut to a problem: strips in groups of ``consumers``, and ``rows`` steps of each group.
 
-    A program walks ``length`` of all these rows, over the end of one group into the next.
+    A program walks ``length`` of all these rows, past the end of one group into the next. ``box`` is a comb's extent:
+    images, rows along the other dimension, pixels; ``tiles`` counts strips along the other dimension and along W.
     """
 
     config: Config
     box: tuple[int, int, int]
-    whole: bool
-    tiles: tuple[int, int]  # along the other dimension and along W
+    whole: bool  # all strips are full, and no phase is short
+    tiles: tuple[int, int]
     rows: int
     total: int
     length: int
     grid: tuple[int, int]
 
 
+# From much work a program to little. Registers are what ``_registers`` picks.
+CONFIGS = tuple(
+    Config(pixels=64, channels=channels, consumers=2, slots=slots, registers=registers, ahead=False)
+    for channels in (64, 32, 16)
+    for slots in (2, 1)
+    for registers in (240, 192, 168)
+)
+
+# Of a consumer's thread, besides accumulators and x.
+OTHER_REGISTERS = 76
+
+# Bytes of shared memory for barriers, and for the coefficients of a channel.
+BARRIERS = 512
+COEFFICIENTS = 16
+
+# A program that walks fewer rows spends too much on its halo and on the weight.
+LEAST_ROWS = 2
+
+# Offsets within the images of a strip have so many bits.
+MOST_ELEMENTS = 2**31
+
+# What a copy engine's addresses and strides are multiples of.
+COPY_BYTES = 16
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why the march does not take a problem, in words; None where it does."""
+    if problem.groups > 1:
+        return f"it has {problem.groups} groups, and a program of the march shares x among all its channels"
+    if any(axis.dilation > 1 for axis in problem.axes):
+        return "it is dilated"
+    if problem.axes[:2] == (Axis(), Axis()):
+        return "no dimension but W has a kernel, so there is none to march along"
+    if not problem.dot:
+        return f"{problem.C_in} times {problem.C_out} channels are too few for tensor cores"
+    if problem.dtype == torch.float32 and not problem.tf32:
+        return "float32 without TF32 has no tensor cores"
+    if problem.x_last and problem.C_in * problem.dtype.itemsize % COPY_BYTES:
+        return f"pixels of {problem.C_in} channels are not multiples of {COPY_BYTES} bytes, which are copied"
+    if not configs_for(problem):
+        taps = math.prod(axis.kernel for axis in problem.axes)
+        return (
+            f"{taps} taps times {problem.C_in} channels are too much for {problem.shared_limit} bytes of shared "
+            "memory, or for the registers"
+        )
+    return None
+
+
+def why_not_shape(problem: Problem, shape: Sequence[int], march: March) -> str | None:
+    """The same for an x of ``shape``."""
+    _, _, *sizes = shape
+    pair = march.config.pixels // COMB
+    if problem.x_last and sizes[-1] < pair:
+        return f"rows of {sizes[-1]} pixels are shorter than the {pair} that lie side by side in a thread"
+    out_sizes = [axis.output_size(size) for axis, size in zip(problem.axes, three_sizes(sizes), strict=True)]
+    elements = max(problem.C_in * math.prod(sizes), problem.C_out * math.prod(out_sizes)) * march.box[0]
+    if elements >= MOST_ELEMENTS:
+        return f"the images of a strip have {elements} elements, and offsets have 31 bits"
+    return None
+
+
+def configs_for(problem: Problem) -> tuple[Config, ...]:
+    """The configurations that fit; for a problem that the march takes there is one."""
+    return tuple(
+        config
+        for config in CONFIGS
+        if config.registers == _registers(problem)
+        and _live(problem, config) + OTHER_REGISTERS <= config.registers
+        and shared_memory(problem, config) <= problem.shared_limit
+        and (config.channels == 16 or config.channels < 2 * problem.C_out)
+    )
+
+
+def choose_march(problem: Problem, shape: Sequence[int], processors: int) -> March:
+    """For an x of ``shape`` on so many multiprocessors: the first that fits."""
+    return march_for(problem, shape, configs_for(problem)[0], processors)
+
+
 def march_for(
     problem: Problem, shape: Sequence[int], config: Config, processors: int, length: int | None = None
 ) -> March:
+    """Every multiprocessor gets the same number of rows, if their ``length`` is not given."""
     N, _, *sizes = shape
-    along_r, along_m, along_w = zip(turned(problem, problem.axes), turned(problem, three_sizes(sizes)), strict=True)
-    outputs = [axis.output_size(size) for axis, size in (along_r, along_m, along_w)]
-    strides = [axis.stride for axis, _ in (along_r, along_m, along_w)]
-    columns = (N, cdiv(outputs[1], strides[1]), cdiv(outputs[2], strides[2]))
+    axes, along = turned(problem, problem.axes), turned(problem, three_sizes(sizes))
+    outputs = [axis.output_size(size) for axis, size in zip(axes, along, strict=True)]
+    columns = (N, cdiv(outputs[1], axes[1].stride), cdiv(outputs[2], axes[2].stride))
     pair = config.pixels // COMB
     box = _box(columns, pair)
-    tiles = tuple(cdiv(size, edge) for size, edge in zip(columns, (box[0], box[1], box[2] * pair), strict=True))
-    groups = cdiv(math.prod(tiles), config.consumers)
-    tiles_c = cdiv(problem.C_out, config.channels)
+    edges = (box[0], box[1], box[2] * pair)
+    tiles = [cdiv(size, edge) for size, edge in zip(columns, edges, strict=True)]
+    strips, tiles_c = math.prod(tiles), cdiv(problem.C_out, config.channels)
     whole = (
-        all(size % edge == 0 for size, edge in zip(columns, (box[0], box[1], box[2] * pair), strict=True))
-        and all(output % stride == 0 for output, stride in zip(outputs[1:], strides[1:], strict=True))
+        all(size % edge == 0 for size, edge in zip(columns, edges, strict=True))
+        and all(output % axis.stride == 0 for axis, output in zip(axes[1:], outputs[1:], strict=True))
         and problem.C_out % config.channels == 0
-        and math.prod(tiles) % config.consumers == 0
+        and strips % config.consumers == 0
     )
-    axis, _ = along_r
-    rows = cdiv(outputs[0] + axis.padding, axis.stride) - axis.padding // axis.stride
-    total = groups * rows
+    rows = cdiv(outputs[0] + axes[0].padding, axes[0].stride) - axes[0].padding // axes[0].stride
+    total = cdiv(strips, config.consumers) * rows
     if length is None:
         length = max(cdiv(total, max(processors // tiles_c, 1)), min(rows, LEAST_ROWS))
-    return March(config, box, whole, tiles[1:], rows, total, length, (cdiv(total, length), tiles_c))
-
-
-LEAST_ROWS = 2
+    return March(config, box, whole, (tiles[1], tiles[2]), rows, total, length, (cdiv(total, length), tiles_c))
 
 
 def _box(columns: tuple[int, int, int], pair: int) -> tuple[int, int, int]:
-    """Images, rows and pixels of a comb of 32, with few of them beyond the edges, and long runs along W."""
-    N, M, W = columns
-    best, box = math.inf, (1, 1, COMB)
-    for w in (32, 16, 8, 4, 2, 1):
-        for m in (1, 2, 4, 8, 16, 32):
-            n = COMB // (w * m)
-            if n == 0:
-                continue
-            cost = math.prod(cdiv(size, edge) * edge for size, edge in zip((N, M, W), (n, m, w * pair), strict=True))
-            cost *= 1 + 1 / (4 * w)
-            if cost < best:
-                best, box = cost, (n, m, w)
-    return box
+    """Images, rows and pixels of a comb, with few of them beyond the edges, and long runs along W."""
+
+    def cost(box: tuple[int, int, int]) -> float:
+        edges = (box[0], box[1], box[2] * pair)
+        covered = math.prod(cdiv(size, edge) * edge for size, edge in zip(columns, edges, strict=True))
+        return covered * (1 + 1 / (4 * box[2]))
+
+    powers = [1 << bit for bit in range(COMB.bit_length())]
+    boxes = ((COMB // (m * w), m, w) for w in reversed(powers) for m in powers if m * w <= COMB)
+    return min(boxes, key=cost)
 
 
-def form_for(problem: Problem, march: March, unit: int, kinds: tuple[int, ...]) -> Form:
+@lru_cache(maxsize=256)
+def form_for(problem: Problem, march: March, unit: int, kinds: tuple[int, int, int, int]) -> Form:
+    """What is compiled in: W is counted in units of ``unit``; ``kinds`` are the coefficients', see ``Form``."""
     config = march.config
-    axes = turned(problem, problem.axes)
+    row, middle, column = turned(problem, problem.axes)
     return Form(
-        kernel=tuple(axis.kernel for axis in axes),
-        stride=tuple(axis.stride for axis in axes),
-        padding=tuple(axis.padding for axis in axes),
-        growth=tuple(axis.growth for axis in axes),
-        along_d=problem.axes[0] != Axis(),
+        kernel=(row.kernel, middle.kernel, column.kernel),
+        stride=(row.stride, middle.stride, column.stride),
+        padding=(row.padding, middle.padding, column.padding),
+        growth=(row.growth, middle.growth, column.growth),
+        along_d=along_d(problem),
         C_in=problem.C_in,
         C_out=problem.C_out,
         depth=block_k_of(problem),
@@ -225,40 +194,31 @@ def form_for(problem: Problem, march: March, unit: int, kinds: tuple[int, ...]) 
     )
 
 
-CONFIGS = tuple(
-    Config(64, channels, 2, slots, registers, False)
-    for channels in (64, 32, 16)
-    for slots in (2, 1)
-    for registers in (240, 192, 168)
-)
-
-
 def shared_memory(problem: Problem, config: Config) -> int:
-    axes = turned(problem, problem.axes)
+    """Bytes: the weight, the rows of x, and small things."""
+    depth = block_k_of(problem) * problem.dtype.itemsize
     taps = math.prod(axis.kernel for axis in problem.axes)
-    depth = block_k_of(problem) * problem.dtype.itemsize
-    _, m, w = (_shifts_along(axis.kernel, axis.stride, axis.padding) for axis in axes)
-    combs = len(m) * (len(w) + config.pixels // COMB - 1)
-    return taps * config.channels * depth + config.consumers * config.slots * combs * COMB * depth + 16 * config.channels + 512
+    x = config.consumers * config.slots * _combs(problem, config) * COMB * depth
+    return taps * config.channels * depth + x + config.channels * COEFFICIENTS + BARRIERS
 
 
-def accumulators(problem: Problem, config: Config) -> int:
+def _registers(problem: Problem) -> int:
+    """What a consumer's thread may have: a copy engine needs none, a producer of warps needs those of a row of x."""
+    if problem.x_last:
+        return 240
+    return 192 if problem.dtype == torch.float32 else 168
+
+
+def _live(problem: Problem, config: Config) -> int:
+    """Registers of a consumer's thread for accumulators and x."""
     row, middle, column = turned(problem, problem.axes)
-    _, m, w = (_shifts_along(axis.kernel, axis.stride, axis.padding) for axis in (row, middle, column))
     carried = max(row.kernel - row.stride, 0) * middle.stride * column.stride
-    live = max(carried, column.stride) * config.pixels * config.channels // 128
-    depth = block_k_of(problem) * problem.dtype.itemsize
-    combs = len(m) * (len(w) + config.pixels // COMB - 1)
-    return live + combs * COMB * depth // 512
+    accumulators = max(carried, column.stride) + config.ahead * column.stride
+    x = _combs(problem, config) * COMB * block_k_of(problem) * problem.dtype.itemsize // 4
+    return (accumulators * config.pixels * config.channels + x) // 128
 
 
-def configs_for(problem: Problem) -> list[Config]:
-    want = 240 if problem.x_last else 192 if problem.dtype.itemsize == 4 else 168
-    return [
-        config
-        for config in CONFIGS
-        if config.registers == want
-        and shared_memory(problem, config) <= problem.shared_limit
-        and accumulators(problem, config) <= want - 76
-        and (config.channels == 16 or config.channels < 2 * problem.C_out)
-    ]
+def _combs(problem: Problem, config: Config) -> int:
+    """Combs of x in a step."""
+    _, m, w = (len(shifts_along(axis.kernel, axis.stride, axis.padding)) for axis in turned(problem, problem.axes))
+    return m * (w + config.pixels // COMB - 1)
