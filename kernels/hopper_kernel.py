@@ -472,7 +472,10 @@ def _next(carried, zero, x, ws, z, INDEX: gl.constexpr, FORM: gl.constexpr):
     else:
         accs = ()
         for r in gl.static_range(_known(FORM.stride[0]), _known(FORM.stride[0] + FORM.carried)):
-            accs = accs + _add(carried, zero, x, ws, z, r, 0, FORM.phases, FORM)
+            more = _add(carried, zero, x, ws, z, r, 0, FORM.phases, FORM)
+            if r < FORM.stride[0] + FORM.carried - 1:
+                more = warpgroup_mma_wait(0, deps=more + x)[: FORM.phases]
+            accs = accs + more
     return accs
 
 

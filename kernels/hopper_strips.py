@@ -25,8 +25,8 @@ class Config:
     channels: int
     consumers: int  # warp groups, each with a strip
     slots: int  # rows of x in shared memory for each
-    registers: int  # of a consumer's thread
-    ahead: bool  # whether the next products run while a row is stored
+    registers: int = 0  # of a consumer's thread; 0: what ``registers_for`` says
+    ahead: bool = False  # whether the next products run while a row is stored
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,18 @@ class March:
     grid: tuple[int, int]
 
 
-# From much work a program to little. Registers are what ``_registers`` picks.
+# From much work a program to little.
 CONFIGS = tuple(
-    Config(pixels=64, channels=channels, consumers=2, slots=slots, registers=registers, ahead=False)
-    for channels in (64, 32, 16)
-    for slots in (2, 1)
-    for registers in (240, 192, 168)
+    Config(pixels=64, channels=channels, consumers=2, slots=slots) for channels in (64, 32, 16) for slots in (2, 1)
 )
 
-# Of a consumer's thread, besides accumulators and x.
-OTHER_REGISTERS = 76
+# Of a multiprocessor, for each of as many threads as a warp group has, and of one thread.
+ALL_REGISTERS = 504
+MOST_REGISTERS = 240
+
+# Of a consumer's thread besides accumulators and x, and of a producer's besides x and addresses: where neither spills.
+OTHER_REGISTERS = 56
+OTHER_PRODUCER_REGISTERS = 8
 
 # Bytes of shared memory for barriers, and for the coefficients of a channel.
 BARRIERS = 512
@@ -113,8 +115,7 @@ def configs_for(problem: Problem) -> tuple[Config, ...]:
     return tuple(
         config
         for config in CONFIGS
-        if config.registers == _registers(problem)
-        and _live(problem, config) + OTHER_REGISTERS <= config.registers
+        if _fits_registers(problem, config)
         and shared_memory(problem, config) <= problem.shared_limit
         and (config.channels == 16 or config.channels < 2 * problem.C_out)
     )
@@ -189,7 +190,7 @@ def form_for(problem: Problem, march: March, unit: int, kinds: tuple[int, int, i
         channels=config.channels,
         consumers=config.consumers,
         slots=config.slots,
-        registers=config.registers,
+        registers=config.registers or registers_for(problem, config),
         ahead=config.ahead,
     )
 
@@ -202,23 +203,46 @@ def shared_memory(problem: Problem, config: Config) -> int:
     return taps * config.channels * depth + x + config.channels * COEFFICIENTS + BARRIERS
 
 
-def _registers(problem: Problem) -> int:
-    """What a consumer's thread may have: a copy engine needs none, a producer of warps needs those of a row of x."""
+def registers_for(problem: Problem, config: Config) -> int:
+    """Of a consumer's thread: the copy engine needs none, while warps that load x need what consumers can spare."""
     if problem.x_last:
-        return 240
-    return 192 if problem.dtype == torch.float32 else 168
+        return MOST_REGISTERS
+    return -(-(_consumer_registers(problem, config) + OTHER_REGISTERS) // 8) * 8
 
 
-def _live(problem: Problem, config: Config) -> int:
-    """Registers of a consumer's thread for accumulators and x."""
+def _fits_registers(problem: Problem, config: Config) -> bool:
+    registers = registers_for(problem, config)
+    if _consumer_registers(problem, config) + OTHER_REGISTERS > min(registers, MOST_REGISTERS):
+        return False
+    rest = ALL_REGISTERS - config.consumers * registers
+    return problem.x_last or _producer_registers(problem, config) + OTHER_PRODUCER_REGISTERS <= rest
+
+
+def _consumer_registers(problem: Problem, config: Config) -> int:
+    """For accumulators, and for x at each of its shifts."""
     row, middle, column = turned(problem, problem.axes)
     carried = max(row.kernel - row.stride, 0) * middle.stride * column.stride
     accumulators = max(carried, column.stride) + config.ahead * column.stride
-    x = _combs(problem, config) * COMB * block_k_of(problem) * problem.dtype.itemsize // 4
+    m, w = _shifts(problem)
+    x = m * w * config.pixels * block_k_of(problem) * problem.dtype.itemsize // 4
     return (accumulators * config.pixels * config.channels + x) // 128
 
 
+def _producer_registers(problem: Problem, config: Config) -> int:
+    """For a row of x of each consumer, where combs beyond whole pixels take a register a value, and for addresses."""
+    depth = block_k_of(problem)
+    m, w = _shifts(problem)
+    x = config.pixels * depth * problem.dtype.itemsize // 4 + (w - 1) * COMB * depth
+    return (config.consumers * m * x + 64 * depth) // 128
+
+
 def _combs(problem: Problem, config: Config) -> int:
-    """Combs of x in a step."""
-    _, m, w = (len(shifts_along(axis.kernel, axis.stride, axis.padding)) for axis in turned(problem, problem.axes))
+    """Of x, in a step."""
+    m, w = _shifts(problem)
     return m * (w + config.pixels // COMB - 1)
+
+
+def _shifts(problem: Problem) -> tuple[int, int]:
+    """Along the other dimension, and along W."""
+    _, m, w = (len(shifts_along(axis.kernel, axis.stride, axis.padding)) for axis in turned(problem, problem.axes))
+    return m, w
