@@ -137,9 +137,10 @@ class Row:
         allowed = 2 * self.error(contenders["eager"], alone=False) + TOLERANCE[self.dtype] / 10
         for name, run in contenders.items():
             try:
-                error = self.error(run, alone=name == "cudnn convolution alone")
+                alone = name == "cudnn convolution alone"  # another result, and no rival's: it is timed as it is
+                error = self.error(run, alone)
                 columns[name] = {"error": error}
-                if error <= allowed:
+                if alone or error <= allowed:
                     correct[name] = as_graph(run)
             except Exception as raised:  # one contender that cannot run must not hide the others
                 columns[name] = {"raised": " ".join(f"{type(raised).__name__}: {raised}".split())[:300]}

@@ -30,7 +30,7 @@ from fusion_backend.kernels.gate import Gate, pack, passes
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.tiling import Tiling, choose_tiling, tilings
-from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager
+from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager, tf32
 from tests.kernels.implementations import DTYPES, Value, every, every_device, split
 from tests.kernels.interpreting import interpreted
 from tests.kernels.layouts import is_laid_out, laid_out, unflattened
@@ -360,7 +360,7 @@ def test_half_precision_is_rounded_exactly_once(run: Implementation, conv: Conv,
     """Small integers add up exactly in fp32, in any order."""
     x, weight = (tensor.mul(4).round() for tensor in conv.tensors(dtype, run.device))
     shift = torch.linspace(-9, 9, conv.C_out, device=run.device)
-    exact = reference(x.float(), weight.float(), conv.axes, conv.groups, None, shift)
+    exact = pointwise(eager(x.double(), weight.double(), conv).float(), None, shift)
     for last in (False, True):
         assert torch.equal(run(x, weight, conv, None, shift, channels_last=last), exact.to(dtype))
 
@@ -608,15 +608,17 @@ def test_every_configuration_never_changes_its_mind_at_full_size(conv: Conv, las
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @every_public_case
 def test_as_accurate_as_cudnn(conv: Conv, last: bool, dtype: torch.dtype) -> None:
-    """Without the tail, which only adds roundings to eager's result."""
+    """Without the tail, which only adds roundings to eager's result.
+
+    For some convolutions cuDNN takes no TF32 although it may. Ours does, with the error of that rounding alone.
+    """
     x, weight = replace(conv, x=(2, *conv.x[1:])).tensors(dtype, "cuda", last)
     exact = eager(x.double(), weight.double(), conv)
 
     def rmse(y: torch.Tensor) -> float:
         return ((y.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
 
-    with mock.patch.object(torch.backends.cudnn, "allow_tf32", True):
-        assert rmse(ON_GPU(x, weight, conv)) <= 1.1 * rmse(eager(x, weight, conv))
+    assert rmse(ON_GPU(x, weight, conv)) <= 1.1 * max(rmse(eager(x, weight, conv)), rmse(tf32(x, weight, conv)))
 
 
 @pytest.mark.usefixtures("empty_gpu")

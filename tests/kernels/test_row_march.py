@@ -22,7 +22,7 @@ from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.strips import CONFIGS, Config, choose_march, configs_for, march_for, why_not
 from tests.kernels.compiling import record_launches
-from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager
+from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager, tf32
 from tests.kernels.implementations import DTYPES, Value, every, split
 from tests.kernels.interpreting import interpreted
 from tests.kernels.layouts import laid_out, unflattened
@@ -231,7 +231,7 @@ def test_rounds_exactly_once_also_on_the_bounds(run: Run, name: str, dtype: torc
     conv = KINDS[name]
     x, weight = (tensor.mul(4).round() for tensor in conv.tensors(dtype, run.device))
     values = (None, torch.linspace(-9, 9, conv.C_out, device=run.device), -40.0, 40.0)
-    exact = reference(x.float(), weight.float(), conv.axes, 1, *values)
+    exact = pointwise(eager(x.double(), weight.double(), conv).float(), *values)
     for last in (False, True):
         assert torch.equal(run(conv, x, weight, values, last), exact.to(dtype))
 
@@ -396,7 +396,10 @@ def test_every_configuration_never_changes_its_mind_at_full_size(
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("conv", MARCHABLE.values(), ids=MARCHABLE)
 def test_as_accurate_as_cudnn(conv: Conv, last: bool, dtype: torch.dtype) -> None:
-    """Without the tail, which only adds roundings to eager's result."""
+    """Without the tail, which only adds roundings to eager's result.
+
+    For some convolutions cuDNN takes no TF32 although it may. Ours does, with the error of that rounding alone.
+    """
     conv = replace(conv, x=(2, *conv.x[1:]))
     x, weight = conv.tensors(dtype, "cuda", last)
     problem = taken(conv, x, weight, last)
@@ -407,8 +410,7 @@ def test_as_accurate_as_cudnn(conv: Conv, last: bool, dtype: torch.dtype) -> Non
     def rmse(y: torch.Tensor) -> float:
         return ((y.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
 
-    with mock.patch.object(torch.backends.cudnn, "allow_tf32", True):
-        assert rmse(y) <= 1.1 * rmse(eager(x, weight, conv))
+    assert rmse(y) <= 1.1 * max(rmse(eager(x, weight, conv)), rmse(tf32(x, weight, conv)))
 
 
 @pytest.mark.usefixtures("empty_gpu")
