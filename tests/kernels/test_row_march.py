@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 pytest.importorskip("triton")
 
-from fusion_backend.kernels import launching, problem, row_march, strips
+from fusion_backend.kernels import launching, problem, row_march
 from fusion_backend.kernels.coefficients import coefficients_for
 from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.conv_transpose import reference
@@ -57,10 +57,7 @@ class Run:
         """With the configuration that is chosen, unless one is given."""
         module = self.twin or row_march
         given = coefficients_for(out, *split(values))
-        tensor_memory = not self.twin and strips.has_tensor_memory(x.device)
-        march = (
-            march_for(problem, x.shape, config, segments) if config else choose_march(problem, x.shape, tensor_memory)
-        )
+        march = march_for(problem, x.shape, config, segments) if config else choose_march(problem, x.shape)
         with mock.patch.object(row_march, "wrap_triton", lambda kernel: kernel):
             module.launch(out, x, module.pack(weight, problem, march.config), problem, march, given)
 
@@ -271,7 +268,7 @@ def test_says_what_it_does_not_take(conv: Conv, options: dict[str, bool], reason
 
 def test_does_not_take_float32_through_tensor_memory() -> None:
     for dtype, taken in ((torch.float32, False), (torch.bfloat16, True)):
-        assert (why_not(problem_of(SEED, dtype, True, HOPPER), tensor_memory=True) is None) == taken
+        assert (why_not(replace(problem_of(SEED, dtype, True, HOPPER), tensor_memory=True)) is None) == taken
 
 
 FEW, FEWEST = replace(SEED, x=(8, 64, 128, 128)), replace(SEED, x=(1, 64, 128, 128))
@@ -333,7 +330,7 @@ MARCHABLE = {name: conv for name, conv in PUBLIC.items() if conv.rank > 1}
 
 def taken(conv: Conv, x: torch.Tensor, weight: torch.Tensor, last: bool) -> Problem:
     problem = ON_GPU.problem(conv, x, weight, last)
-    reason = why_not(problem, strips.has_tensor_memory(x.device))
+    reason = why_not(problem)
     if reason:
         pytest.skip(reason)
     return problem
@@ -379,7 +376,7 @@ def test_every_configuration_never_changes_its_mind_at_full_size(
     x, weight = conv.tensors(dtype, "cuda", from_last)
     problem = taken(conv, x, weight, to_last)
     first: torch.Tensor | None = None
-    configs = configs_for(problem, strips.has_tensor_memory(x.device))
+    configs = configs_for(problem)
     for config, segments in itertools.product(configs, (None, 3)):
         changed = torch.zeros((), dtype=torch.int64, device="cuda")
         for _ in range(10):
