@@ -1,22 +1,31 @@
-"""The transposed convolution with its tail inside: every configuration, against cuDNN, eager and Inductor.
+"""The transposed convolution with its tail inside: every plan of ours, against cuDNN, eager and Inductor.
 
-    python -m benchmarks.conv_transpose [--cases seed,unet_up2] [--dtypes float32] [--configs chosen] [--no-inductor]
-                                        [--budget 330] [--out FILE]
+    python -m benchmarks.conv_transpose [--cases seed,unet_up2 | public | sweep | all] [--dtypes float32]
+                                        [--plans likely] [--no-inductor] [--budget 330] [--out FILE]
 
 Needs a GPU; without one the exit code is 2. Each contender is checked before it is timed: every element written, and
 the error against float64. All of a row run in turn, each as a CUDA graph of one call, on a cold cache: what is compared
-is the device's time. Ours get a packed weight, as where it is frozen; "ours, packing" also packs it. The data go to
-benchmarks/results as JSON after every row. Exit code 1 where a contender of ours is wrong or fails.
+is the device's time. Ours get a packed weight, as where it is frozen; "ours, packing" also packs it. Rows are prepared
+(compiled and checked) by many processes at once, and then measured one after the other while all others wait. The data
+go to benchmarks/results as JSON after every row. Exit code 1 where a contender of ours is wrong or fails.
+
+"sweep" is the seed's shape grown and shrunk by powers of two, and shapes of U-Nets, GANs, vocoders and volumes: what
+``auto`` chooses by (``python -m benchmarks.evidence``).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -27,14 +36,56 @@ from torch import Tensor, nn
 from benchmarks.cases import CASES, Case
 from benchmarks.measure import TOLERANCE, environment, in_turn, summary
 from fusion_backend.kernels import conv_transpose as kernels
-from fusion_backend.kernels import row_march, strips
+from fusion_backend.kernels import epilogue, row_march
 from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.phases import Axis
-from fusion_backend.kernels.tiling import Config, Tiling, choose_tiling, tilings
+from fusion_backend.kernels.plans import Plan, choose_plan, plans_for
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("seed", "unet_up2", "dcgan_64", "hifigan_up1", "kb100_3d", "kb_small")
+
+
+def sweep() -> dict[str, Case]:
+    """By name, each with a bias and a relu behind it but for those around the seed."""
+    seed = CASES["seed"]
+    N, _, H, _ = seed.x
+    base = replace(seed, x=(32, 64, 64, 64))
+    cases = [replace(seed, name=f"seed N={n}", x=(n, 64, H, H)) for n in (1, 4, 16, 32)]
+    cases += [replace(seed, name=f"seed {size}x{size}", x=(N, 64, size, size)) for size in (8, 16, 32, 64)]
+    cases += [replace(base, name=f"seed C_in={c}", x=(32, c, 64, 64)) for c in (16, 32, 128, 256)]
+    cases += [replace(base, name=f"seed C_out={c}", C_out=c) for c in (3, 16, 32, 128, 256)]
+    cases += [
+        Case(name, x, C_out, *sizes, tail="bias_relu")
+        for name, x, C_out, sizes in (
+            ("unet_up1", (4, 64, 256, 256), 32, (2, 2, 0, 0)),
+            ("unet_up3", (4, 256, 64, 64), 128, (2, 2, 0, 0)),
+            ("unet_up4", (4, 512, 32, 32), 256, (2, 2, 0, 0)),
+            ("sam_up1", (1, 256, 64, 64), 64, (2, 2, 0, 0)),
+            ("sam_up2", (1, 64, 128, 128), 32, (2, 2, 0, 0)),
+            ("mask_rcnn", (100, 256, 14, 14), 256, (2, 2, 0, 0)),
+            ("dcgan_4", (64, 512, 8, 8), 256, (4, 2, 1, 0)),
+            ("dcgan_32", (64, 128, 32, 32), 64, (4, 2, 1, 0)),
+            ("dcgan_rgb", (64, 64, 32, 32), 3, (4, 2, 1, 0)),
+            ("pose", (16, 256, 32, 24), 256, (4, 2, 1, 0)),
+            ("hifigan_up2", (16, 256, 2048), 128, (16, 8, 4, 0)),
+            ("hifigan_up3", (16, 128, 16384), 64, (4, 2, 1, 0)),
+            ("hifigan_up4", (16, 64, 32768), 32, (4, 2, 1, 0)),
+            ("encodec_up1", (8, 512, 375), 256, (16, 8, 4, 0)),
+            ("encodec_up4", (8, 64, 60000), 32, (4, 2, 1, 0)),
+            ("dac_up1", (4, 1536, 250), 768, (16, 8, 4, 0)),
+            ("nnunet_up1", (2, 64, 64, 64, 64), 32, (2, 2, 0, 0)),
+            ("nnunet_up2", (2, 128, 32, 32, 32), 64, (2, 2, 0, 0)),
+            ("nnunet_up4", (2, 320, 8, 8, 8), 256, (2, 2, 0, 0)),
+            ("monai_up", (4, 32, 48, 48, 48), 16, (3, 2, 1, 1)),
+            ("kb20", (16, 32, 16, 32, 32), 64, (3, 2, 1, 1)),
+            ("kb100", (16, 64, 24, 48, 48), 128, (3, 2, 1, 0)),
+        )
+    ]
+    return {case.name: case for case in cases}
+
+
+KNOWN = {name: CASES[name] for name in NAMES} | sweep()
 PEERS = ("eager", "inductor", "inductor max-autotune")
 CHECKED = 2  # images at either end that are compared with float64
 
@@ -55,31 +106,19 @@ class Row:
         self.weight = conv.weight.detach()
         axis = Axis(case.kernel, case.stride, case.padding, case.output_padding)
         self.problem = kernels.problem_for(self.x, self.weight, [axis] * case.rank, 1, last, True)
-        self.tensor_memory = strips.has_tensor_memory(self.x.device)
         self.out = empty(case.y, self.x, last)
         self.values = folded(case.tail, conv.bias.detach().float(), self.model.bias.detach().float().flatten())
 
     def laid_out(self, x: Tensor) -> Tensor:
         return x.movedim(1, -1).contiguous().movedim(-1, 1) if self.last else x.contiguous()
 
-    def ours(self, tiling: Tiling, packing: bool = False) -> Callable[[], Tensor]:
+    def ours(self, plan: Plan, packing: bool = False) -> Callable[[], Tensor]:
         coefficients = kernels.coefficients_for(self.out, *split(self.values))
-        frozen = kernels.pack(self.weight, self.problem, tiling)
+        frozen = kernels.pack_for(plan, self.weight, self.problem)
 
         def run() -> Tensor:
-            packed = kernels.pack(self.weight, self.problem, tiling) if packing else frozen
-            kernels.launch(self.out, self.x, packed, self.problem, tiling, coefficients)
-            return self.out
-
-        return run
-
-    def march(self, config: strips.Config) -> Callable[[], Tensor]:
-        coefficients = kernels.coefficients_for(self.out, *split(self.values))
-        frozen = row_march.pack(self.weight, self.problem, config)
-        march = strips.march_for(self.problem, self.x.shape, config)
-
-        def run() -> Tensor:
-            row_march.launch(self.out, self.x, frozen, self.problem, march, coefficients)
+            packed = kernels.pack_for(plan, self.weight, self.problem) if packing else frozen
+            kernels.launch_plan(self.out, self.x, packed, self.problem, plan, coefficients)
             return self.out
 
         return run
@@ -92,22 +131,30 @@ class Row:
         function = kernels.CONV_TRANSPOSE[x.dim()]
         return function(x, weight, None, case.stride, case.padding, case.output_padding)
 
-    def contenders(self, configs: str, inductor: bool) -> dict[str, Callable[[], Tensor]]:
-        chosen = choose_tiling(self.problem)
-        contenders: dict[str, Callable[[], Tensor]] = {}
-        for tiling in tilings(self.problem) if configs == "all" else [chosen]:
-            contenders[name_of(tiling.config)] = self.ours(tiling)
-        for config in strips.configs_for(self.problem, self.tensor_memory) if configs == "all" else ():
-            contenders[march_name(config)] = self.march(config)
+    @property
+    def chosen(self) -> Plan:
+        return choose_plan(self.problem, self.x.shape)
+
+    def others(self, plans: str) -> list[Plan]:
+        """Beside what the rule chooses: all that fit, none, or "likely" ones.
+
+        Those are the marches, where there are any, and the general kernel's with x as it is and turned, where not.
+        """
+        everything = [] if plans == "chosen" else list(plans_for(self.problem))
+        marches = [plan for plan in everything if plan.is_march and not plan.turned]
+        return marches if plans == "likely" and marches else everything
+
+    def contenders(self, plans: str, inductor: tuple[str, ...]) -> dict[str, Callable[[], Tensor]]:
+        chosen = self.chosen
+        contenders = {plan.name: self.ours(plan) for plan in (chosen, *self.others(plans))}
         contenders["ours, packing"] = self.ours(chosen, packing=True)
         contenders["cudnn convolution alone"] = self.convolution
         contenders["eager"] = lambda: self.model(self.x)
-        if inductor:
+        for name in inductor:
             # Without CUDA graphs of their own, since every contender is run as one.
-            torch._dynamo.reset()
-            for name, mode in (("inductor", None), ("inductor max-autotune", "max-autotune-no-cudagraphs")):
-                compiled = torch.compile(self.model, mode=mode, fullgraph=True, dynamic=False)
-                contenders[name] = lambda compiled=compiled: compiled(self.x)
+            mode = "max-autotune-no-cudagraphs" if name.endswith("autotune") else None
+            compiled = torch.compile(self.model, mode=mode, fullgraph=True, dynamic=False)
+            contenders[name] = lambda compiled=compiled: compiled(self.x)
         return contenders
 
     def error(self, run: Callable[[], Tensor], alone: bool) -> float:
@@ -126,27 +173,33 @@ class Row:
             size += exact.square().sum().item()
         return (error / size) ** 0.5
 
-    def measure(self, configs: str, inductor: bool) -> dict[str, dict[str, object]]:
-        columns: dict[str, dict[str, object]] = {}
-        correct: dict[str, Callable[[], object]] = {}
-        contenders = self.contenders(configs, inductor)
+    def prepare(self, plans: str, inductor: tuple[str, ...]) -> None:
+        """Compile, check and capture every contender."""
+        self.columns: dict[str, dict[str, object]] = {}
+        self.correct: dict[str, Callable[[], object]] = {}
+        torch._dynamo.reset()
+        contenders = self.contenders(plans, inductor)
         allowed = 2 * self.error(contenders["eager"], alone=False) + TOLERANCE[self.dtype] / 10
         for name, run in contenders.items():
             try:
-                error = self.error(run, alone=name == "cudnn convolution alone")
-                columns[name] = {"error": error}
-                if error <= allowed:
-                    correct[name] = as_graph(run)
+                alone = name == "cudnn convolution alone"  # another result, and no rival's: it is timed as it is
+                error = self.error(run, alone)
+                self.columns[name] = {"error": error}
+                if alone or error <= allowed:
+                    self.correct[name] = as_graph(run)
             except Exception as raised:  # one contender that cannot run must not hide the others
-                columns[name] = {"raised": " ".join(f"{type(raised).__name__}: {raised}".split())[:300]}
-        for name, times in in_turn(correct, "cuda", seconds=0.5).items():
+                self.columns[name] = {"raised": " ".join(f"{type(raised).__name__}: {raised}".split())[:300]}
+
+    def measure(self, seconds: float) -> dict[str, dict[str, object]]:
+        columns = self.columns
+        for name, times in in_turn(self.correct, "cuda", seconds).items():
             columns[name] |= summary(times)
-        best = min((columns[name]["ms"] for name in PEERS if name in correct), default=math.nan)
+        best = min((columns[name]["ms"] for name in PEERS if name in self.correct), default=math.nan)
         moved = self.x.nbytes + self.out.nbytes + self.weight.nbytes
-        for name in correct:
+        for name in self.correct:
             columns[name]["speed"] = best / columns[name]["ms"]
             columns[name]["gb_per_s"] = moved / columns[name]["ms"] / 1e6
-        columns[name_of(choose_tiling(self.problem).config)]["chosen"] = True
+        columns[self.chosen.name]["chosen"] = True
         return columns
 
 
@@ -176,15 +229,6 @@ def as_graph(run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def name_of(config: Config) -> str:
-    size = f"{config.rows}x{config.columns}x{config.depth_bytes}"
-    return f"{size}, {config.num_warps} warps, {config.num_stages} stages"
-
-
-def march_name(config: strips.Config) -> str:
-    return f"march {config.pixels}x{config.channels}, {config.num_warps} warps, {config.num_stages} stages"
-
-
 def is_ours(name: str) -> bool:
     return "warps" in name or name.startswith("ours")
 
@@ -204,18 +248,48 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
+_PREPARED: dict[tuple[Case, torch.dtype, bool], Row] = {}
+
+
+def prepare(case: Case, dtype: torch.dtype, last: bool, plans: str, inductor: tuple[str, ...]) -> None:
+    with launched_directly(), torch.no_grad():
+        row = Row(case, dtype, last)
+        row.prepare(plans, inductor)
+        torch.cuda.synchronize()
+    _PREPARED[case, dtype, last] = row
+
+
+def measure(case: Case, dtype: torch.dtype, last: bool, seconds: float) -> dict[str, dict[str, object]]:
+    with torch.no_grad():
+        columns = _PREPARED.pop((case, dtype, last)).measure(seconds)
+    torch.cuda.empty_cache()
+    return columns
+
+
+def launched_directly() -> contextlib.ExitStack:
+    """The tracing wrapper costs a millisecond of Python a launch; Inductor's code does not go through it."""
+    stack = contextlib.ExitStack()
+    for module in (kernels, row_march, epilogue):
+        stack.enter_context(mock.patch.object(module, "wrap_triton", lambda kernel: kernel))
+    return stack
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=names, default=list(NAMES), help=f"of {','.join(NAMES)}")
+    groups = {"public": list(NAMES), "sweep": list(sweep()), "all": list(KNOWN)}
+    parser.add_argument("--cases", type=names, default=["public"], help=f"of {', '.join([*groups, *KNOWN])}")
     parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"])
-    parser.add_argument("--configs", choices=["all", "chosen"], default="all", help="of ours")
-    parser.add_argument("--no-inductor", dest="inductor", action="store_false", help="compile no peers")
-    parser.add_argument("--budget", type=float, default=330, help="seconds after which no row is begun")
+    parser.add_argument("--plans", choices=["all", "likely", "chosen"], default="all", help="of ours")
+    parser.add_argument("--no-inductor", dest="inductor", action="store_const", const=(), default=PEERS[1:])
+    parser.add_argument("--no-autotune", dest="inductor", action="store_const", const=PEERS[1:2])
+    parser.add_argument("--seconds", type=float, default=0.5, help="of measuring a row")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no row is measured")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/conv_transpose-<gpu>.json")
     args = parser.parse_args()
-    unknown = set(args.cases) - set(NAMES)
+    cases = [name for given in args.cases for name in groups.get(given, [given])]
+    unknown = set(cases) - set(KNOWN)
     if unknown:
-        parser.error(f"unknown cases {sorted(unknown)}; known are {list(NAMES)}")
+        parser.error(f"unknown cases {sorted(unknown)}; known are {[*groups, *KNOWN]}")
     if not torch.cuda.is_available():
         print("this benchmark needs a GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
@@ -225,28 +299,31 @@ def main() -> int:
     start = time.monotonic()
     data = environment() | {"rows": []}
     todo = [
-        (CASES[name], getattr(torch, dtype), last)
-        for name in args.cases
-        for dtype in args.dtypes
-        for last in (False, True)
+        (KNOWN[name], getattr(torch, dtype), last) for name in cases for dtype in args.dtypes for last in (False, True)
     ]
-    # The tracing wrapper costs a millisecond of Python a launch; Inductor's code does not go through it.
-    launched = [mock.patch.object(module, "wrap_triton", lambda kernel: kernel) for module in (kernels, row_march)]
-    with launched[0], launched[1], torch.no_grad():
-        for case, dtype, last in todo:
+    workers = min(len(todo), os.cpu_count() or 1)
+    with contextlib.ExitStack() as stack:
+        context = multiprocessing.get_context("spawn")
+        processes = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(workers)]
+        assigned = [(processes[i % workers], each) for i, each in enumerate(todo)]
+        for task in [process.submit(prepare, *each, args.plans, args.inductor) for process, each in assigned]:
+            task.result()
+        print(f"{len(todo)} rows prepared in {time.monotonic() - start:.0f} s", flush=True)
+        for process, (case, dtype, last) in assigned:
             if time.monotonic() - start > args.budget:
                 print(
                     f"\nthe budget of {args.budget:.0f} s is spent: {out} lacks what follows from {case.name} {dtype}"
                 )
                 break
-            columns = Row(case, dtype, last).measure(args.configs, args.inductor)
+            columns = process.submit(measure, case, dtype, last, args.seconds).result()
             layout = "channels_last" if last else "contiguous"
             show(f"{case.name} {str(dtype).removeprefix('torch.')} {layout}", columns)
-            described = {"case": case.name, "x": case.x, "y": case.y, "dtype": str(dtype).removeprefix("torch.")}
-            data["rows"].append(described | {"memory_format": layout, "contenders": columns})
+            sizes = (case.kernel, case.stride, case.padding, case.output_padding)
+            described = {"case": case.name, "x": case.x, "y": case.y, "kernel_stride_padding": sizes}
+            described |= {"dtype": str(dtype).removeprefix("torch."), "memory_format": layout}
+            data["rows"].append(described | {"contenders": columns})
             data["seconds"] = round(time.monotonic() - start, 1)
             out.write_text(json.dumps(data, indent=1) + "\n")
-            torch.cuda.empty_cache()
     bad = [
         (row["case"], row["dtype"], row["memory_format"], name)
         for row in data["rows"]

@@ -26,20 +26,13 @@ import triton.language as tl
 
 from benchmarks.measure import environment
 from fusion_backend.kernels import epilogue as kernels
-from fusion_backend.kernels.blocks import FLAT_CONFIGS, TRANSPOSE_CONFIGS, Config, choose_config
+from fusion_backend.kernels.blocks import FLAT_CONFIGS, TRANSPOSE_CONFIGS, Config, choose_config, is_aligned
 
 ROUNDS = 21
 
 # Rows that do not ship but might, if this script says so.
-FLAT_CANDIDATES = (
-    Config(8192, 8),
-    Config(32768, 8),
-    Config(32768, 16),
-    Config(8192, 4, streaming=True),
-    Config(16384, 4, streaming=True),
-    Config(32768, 8, streaming=True),
-)
-TRANSPOSE_CANDIDATES = (Config(8192, 8), Config(16384, 4), Config(32768, 8), Config(8192, 4, streaming=True))
+FLAT_CANDIDATES = (Config(8192, 4), Config(8192, 8), Config(16384, 4), Config(32768, 8), Config(32768, 16))
+TRANSPOSE_CANDIDATES = (Config(8192, 8), Config(16384, 8), Config(32768, 8))
 
 # The least speed that is promised at the seed's shape, a copy's being 1; most is promised for fp32 and NCHW.
 PROMISED_FP32_NCHW = 0.97
@@ -142,7 +135,9 @@ class Bench:
 
     @property
     def chosen(self) -> Config:
-        return choose_config(self.case.from_last != self.case.to_last, self.case.total_bytes)
+        case = self.case
+        aligned = is_aligned(case.shape, case.dtype, case.to_last)
+        return choose_config(case.from_last != case.to_last, case.total_bytes, aligned)
 
     def contenders(self) -> dict[str, Callable[[], object]]:
         """By name; "copy" is first, ours are called by their configuration, and the rest are the peers."""
@@ -211,7 +206,7 @@ class Bench:
 
 
 def name_of(config: Config) -> str:
-    return f"{config.block_bytes // 1024} KiB, {config.num_warps} warps{', streaming' * config.streaming}"
+    return f"{config.block_bytes // 1024} KiB, {config.num_warps} warps"
 
 
 def milliseconds(contenders: dict[str, Callable[[], object]], calls: int) -> dict[str, list[float]]:

@@ -18,6 +18,8 @@ from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import needs_gradient, value_of
 
+LEARNED_SCALE = "its scale is learned, and without the convolution's value the gradient of that takes a convolution"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -50,6 +52,8 @@ def choose(site: Site, requested: str, functions: frozenset[str] = frozenset()) 
         why = "asked for" if requested == "inductor" else "no kernel here is measured to be faster than Inductor's own"
         return _inductor(site, why, saves)
     problem = problem or why_no_kernel(site)
+    if trains and not problem and any(leaf.learned for leaf in leaves(site.form.scale)):
+        problem = LEARNED_SCALE
     if not problem and (requested == "fused" or trains) and site.convolution.weight is None:
         problem = "the convolution is a module call, which keeps its weight to itself"
     if problem:
@@ -81,7 +85,7 @@ def why_no_bits(site: Site) -> str | None:
     if not any(needs_gradient(value_of(node)) for node in (convolution.x, convolution.weight)):
         return "the convolution itself learns nothing"
     if any(leaf.learned for leaf in leaves(form.scale)):
-        return "its scale is learned, and without the convolution's value the gradient of that takes a convolution"
+        return LEARNED_SCALE
     if form.lo == 0.0 and is_infinite(form.hi) and site.gate == Gate(lo_open=True):
         return "its result, which the next operation keeps, tells where the gradient of a relu passes"
     return None if importlib.util.find_spec("triton") else "triton is not installed"

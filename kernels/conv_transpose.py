@@ -34,6 +34,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_true
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
+from fusion_backend.kernels import epilogue, row_march, strips
 from fusion_backend.kernels.arguments import axes_for, check_inputs
 from fusion_backend.kernels.coefficients import (
     Coefficient,
@@ -51,13 +52,16 @@ from fusion_backend.kernels.gate import Gate, pack_bits, passes_gate
 from fusion_backend.kernels.launching import runs, takes_long_offsets, unit_of
 from fusion_backend.kernels.layout import empty, is_channels_last
 from fusion_backend.kernels.phases import Axis
+from fusion_backend.kernels.plans import Plan, choose_plan, plan_named, plans_for
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.tf32 import round_to_tf32, rounded_to_tf32
-from fusion_backend.kernels.tiling import Tiling, choose_tiling, why_no_bits
+from fusion_backend.kernels.tiling import Tiling, choose_tiling, tiling_for, why_no_bits
 
 # In an image, of x or of the output: pixels, also those that fill a row of phases up, are counted in 32 bits.
 MOST_PIXELS = 2**30
+
+NO_COEFFICIENTS = Coefficients((None,) * 4, (0.0,) * 4, (False,) * 4)
 
 CONV_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
@@ -558,8 +562,13 @@ def run(
     channels_last: bool | None,
     allow_tf32: bool,
     gate: Gate | None = None,
+    plan_name: str | None = None,
+    packed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """What ``conv_transpose`` returns and, with a gate, its bits; then None where the kernel cannot write these."""
+    """What ``conv_transpose`` returns and, with a gate, its bits; then None where the kernel cannot write these.
+
+    Bits are written by the general kernel alone, with x as it is.
+    """
     groups = int(groups)
     check_inputs(x, weight, groups)
     C_out = int(weight.shape[1]) * groups
@@ -574,10 +583,12 @@ def run(
             f"the output would have sizes {sizes}; allowed are sizes from 1: x is too small or padding too large"
         )
     indexable = all(guard_or_true(math.prod(plane) < MOST_PIXELS) for plane in (x.shape[2:], sizes))
-    problem = tiling = None
+    problem = tiling = plan = None
     if runs(_conv_transpose_kernel, x) and indexable:
         compiled = isinstance(_conv_transpose_kernel, JITFunction)
         problem = problem_for(x, weight, axes, groups, out_last, allow_tf32, compiled)
+        if gate is None and compiled:
+            plan = _plan(problem, x, plan_name)
         tiling = choose_tiling(problem)
     if gate is not None and (problem is None or tiling is None or why_no_bits(problem, tiling, sizes[-1])):
         return None
@@ -587,11 +598,51 @@ def run(
     coefficients = coefficients_for(out, tensors, numbers)
     if problem is None or tiling is None:
         out.copy_(reference(x, weight, axes, groups, *coefficients.values))
-    elif gate is None:
+    elif gate is not None:
+        launch(out, x, pack(weight, problem, tiling), problem, tiling, coefficients, bits, gate)
+    elif plan is None:
         launch(out, x, pack(weight, problem, tiling), problem, tiling, coefficients)
     else:
-        launch(out, x, pack(weight, problem, tiling), problem, tiling, coefficients, bits, gate)
+        packed = pack_for(plan, weight, problem) if packed is None else packed
+        launch_plan(out, x, packed, problem, plan, coefficients)
     return out, bits
+
+
+def _plan(problem: Problem, x: torch.Tensor, name: str | None) -> Plan:
+    plan = choose_plan(problem, x.shape) if name is None else plan_named(problem, name)
+    if plan is None:
+        known = [each.name for each in plans_for(problem)]
+        raise ValueError(f"plan is {name!r}; allowed for this convolution are {known}")
+    return plan
+
+
+def pack_for(plan: Plan, weight: torch.Tensor, problem: Problem) -> torch.Tensor:
+    """The weight as the plan's kernel reads it."""
+    problem = plan.problem(problem)
+    if isinstance(plan.config, strips.Config):
+        return row_march.pack(weight, problem, plan.config)
+    tiling = tiling_for(problem, plan.config)
+    assert tiling is not None, "a plan fits"
+    return pack(weight, problem, tiling)
+
+
+def launch_plan(
+    out: torch.Tensor, x: torch.Tensor, packed: torch.Tensor, problem: Problem, plan: Plan, coefficients: Coefficients
+) -> None:
+    """Fill ``out`` from ``x``, both dense, and from what ``pack_for`` returns."""
+    if out.numel() == 0:
+        return
+    if plan.turned:
+        turned = empty(x.shape, x, True)
+        epilogue.launch(turned, x, NO_COEFFICIENTS)
+        x, problem = turned, plan.problem(problem)
+    if isinstance(plan.config, strips.Config):
+        march = strips.march_for(problem, x.shape, plan.config)
+        row_march.launch(out, x, packed, problem, march, coefficients)
+        return
+    tiling = tiling_for(problem, plan.config)
+    assert tiling is not None, "a plan fits"
+    launch(out, x, packed, problem, tiling, coefficients)
 
 
 # The body comes first: where triton_op registers an operator it looks for the kernels behind it, for compile caches.
@@ -616,6 +667,8 @@ def conv_transpose(
     hi_number: float | None = None,
     channels_last: bool | None = None,
     allow_tf32: bool = True,
+    plan: str | None = None,
+    packed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """min(max(scale * conv_transpose(x, weight) + shift, lo), hi), as [N, C_out, *spatial] of x's dtype.
 
@@ -625,11 +678,13 @@ def conv_transpose(
     [C_out] on x's device or, where that is None, the number; a bound that is None or infinite on its own side is none.
     ``channels_last`` chooses the memory format of the result (strides (C*L, 1, C) for rank 3); None keeps x's own. An x
     in neither format is made contiguous first. ``allow_tf32``: on NVIDIA's tensor cores float32 x and weight are
-    rounded to TF32. Images of 2**30 pixels or more are left to PyTorch's own convolution. Raises ValueError or
-    TypeError for anything else.
+    rounded to TF32. Images of 2**30 pixels or more are left to PyTorch's own convolution. ``plan`` is the name of one
+    of ``plans_for``, and None the rule's; ``packed`` is what ``pack_for`` returns for that plan and this weight, and
+    None packs it here. Raises ValueError or TypeError for anything else.
     """
     numbers = (scale_number, shift_number, lo_number, hi_number)
     sizes = (stride, padding, output_padding, dilation)
-    ran = run(x, weight, *sizes, groups, (scale, shift, lo, hi), numbers, channels_last, allow_tf32)
+    tensors = (scale, shift, lo, hi)
+    ran = run(x, weight, *sizes, groups, tensors, numbers, channels_last, allow_tf32, None, plan, packed)
     assert ran is not None, "None is for gates"
     return ran[0]

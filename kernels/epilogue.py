@@ -25,7 +25,7 @@ import triton.language as tl
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
-from fusion_backend.kernels.blocks import Config, blocks_for, choose_config, tiles_for
+from fusion_backend.kernels.blocks import Config, blocks_for, choose_config, is_aligned, tiles_for
 from fusion_backend.kernels.coefficients import (
     Coefficients,
     Numbers,
@@ -75,7 +75,6 @@ def _flat_kernel(
     CHANNELS_LAST: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    STREAMING: tl.constexpr,
 ):
     """One block of BLOCK consecutive elements, seen as [BLOCK / WIDTH, WIDTH]. In place where x_ptr is None.
 
@@ -91,14 +90,13 @@ def _flat_kernel(
     index = tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     outs_ptr = out_ptr + begin + index
     xs_ptr = (out_ptr if x_ptr is None else x_ptr) + begin + index
-    EVICTION: tl.constexpr = "evict_first" if STREAMING else ""
 
     # A mask would narrow the accesses where numel is odd, so only the last block has one.
     inside = numel - begin
     if inside >= BLOCK:
-        x = tl.load(xs_ptr, eviction_policy=EVICTION)
+        x = tl.load(xs_ptr)
     else:
-        x = tl.load(xs_ptr, mask=index < inside, eviction_policy=EVICTION)
+        x = tl.load(xs_ptr, mask=index < inside)
 
     next_channel = None
     beyond = None
@@ -126,9 +124,9 @@ def _flat_kernel(
     y = apply_coefficients(z, scale, shift, lo, hi, False, False, HAS_LO, HAS_HI).to(x.dtype)
 
     if inside >= BLOCK:
-        tl.store(outs_ptr, y, eviction_policy=EVICTION)
+        tl.store(outs_ptr, y)
     else:
-        tl.store(outs_ptr, y, mask=index < inside, eviction_policy=EVICTION)
+        tl.store(outs_ptr, y, mask=index < inside)
 
     if bits_ptr is not None:
         passing = passes_gate(z, lo, hi, HAS_LO, HAS_HI, LO_OPEN, HI_OPEN, PASSES_NAN)
@@ -163,7 +161,6 @@ def _transpose_kernel(
     S_UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    STREAMING: tl.constexpr,
 ):
     """One tile of BLOCK_C channels times BLOCK_S pixels, read along one and written along the other.
 
@@ -171,7 +168,6 @@ def _transpose_kernel(
     """
     C = channels * C_UNIT
     S = tl.cast(spatial, tl.int64) * S_UNIT
-    EVICTION: tl.constexpr = "evict_first" if STREAMING else ""
 
     blocks_c = tl.cdiv(C, BLOCK_C)
     blocks_s = tl.cdiv(S, BLOCK_S)
@@ -183,7 +179,7 @@ def _transpose_kernel(
 
     by_channel = image * S * C + channel.to(tl.int64) * S + pixel
     by_pixel = image * S * C + pixel * C + channel
-    x = tl.load(x_ptr + (by_channel if TO_CHANNELS_LAST else by_pixel), mask=inside, eviction_policy=EVICTION)
+    x = tl.load(x_ptr + (by_channel if TO_CHANNELS_LAST else by_pixel), mask=inside)
 
     known = tl.minimum(channel, C - 1)
     scale = load_coefficient(scale_ptr, scale, known, None, None)
@@ -192,7 +188,7 @@ def _transpose_kernel(
     hi = load_coefficient(hi_ptr, hi, known, None, None)
     y = apply_coefficients(x, scale, shift, lo, hi, HAS_SCALE, HAS_SHIFT, HAS_LO, HAS_HI)
 
-    tl.store(out_ptr + (by_pixel if TO_CHANNELS_LAST else by_channel), y, mask=inside, eviction_policy=EVICTION)
+    tl.store(out_ptr + (by_pixel if TO_CHANNELS_LAST else by_channel), y, mask=inside)
 
 
 def launch(
@@ -211,7 +207,8 @@ def launch(
         return
     source = out if x is None else x
     transposing = is_channels_last(source) != is_channels_last(out)
-    config = config or choose_config(transposing, out.numel() * out.dtype.itemsize)
+    aligned = is_aligned(out.shape, out.dtype, bool(is_channels_last(out)))
+    config = config or choose_config(transposing, out.numel() * out.dtype.itemsize, aligned)
     if transposing:
         assert bits is None
         _launch_transpose(out, source, coefficients, config)
@@ -253,7 +250,6 @@ def _launch_flat(
         CHANNELS_LAST=channels_last,
         WIDTH=blocks.width,
         BLOCK=block,
-        STREAMING=config.streaming,
         num_warps=config.num_warps,
     )
 
@@ -277,7 +273,6 @@ def _launch_transpose(out: torch.Tensor, x: torch.Tensor, coefficients: Coeffici
         S_UNIT=tiles.s_unit,
         BLOCK_C=tiles.block_c,
         BLOCK_S=tiles.block_s,
-        STREAMING=config.streaming,
         num_warps=config.num_warps,
     )
 

@@ -31,6 +31,7 @@ class Problem:
     tf32: bool
     exact: bool  # float32 that no tensor core may touch
     shared_limit: int
+    tensor_memory: bool = False  # products are made in a memory of their own
 
     @property
     def dot(self) -> bool:
@@ -69,6 +70,7 @@ def problem_for(
         tf32=fp32 and allow_tf32 and nvidia and compiled,
         exact=fp32 and not allow_tf32 and nvidia,
         shared_limit=shared_memory_limit(x.device),
+        tensor_memory=has_tensor_memory(x.device),
     )
 
 
@@ -78,3 +80,10 @@ def shared_memory_limit(device: torch.device) -> int:
         return LEAST_SHARED_MEMORY
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", 0) or LEAST_SHARED_MEMORY
+
+
+def has_tensor_memory(device: torch.device) -> bool:
+    """As from compute capability 10.0 to 11."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (10, 11)

@@ -33,10 +33,8 @@ class Config:
 CONFIGS = (
     Config(64, 64, 4, 3),
     Config(64, 64, 4, 2),
-    Config(128, 64, 8, 2),
     Config(64, 32, 4, 3),
     Config(64, 32, 4, 2),
-    Config(128, 32, 8, 2),
     Config(64, 16, 4, 3),
     Config(64, 16, 4, 2),
 )
@@ -83,12 +81,7 @@ class March:
     programs: int
 
 
-def has_tensor_memory(device: torch.device) -> bool:
-    """Whether products are made in a memory of their own, as from compute capability 10.0 to 11."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (10, 11)
-
-
-def why_not(problem: Problem, tensor_memory: bool = False) -> str | None:
+def why_not(problem: Problem) -> str | None:
     """Why the march does not take a problem, in words; None where it does."""
     if problem.groups > 1:
         return f"it has {problem.groups} groups, and a program of the march shares x among all its channels"
@@ -100,9 +93,9 @@ def why_not(problem: Problem, tensor_memory: bool = False) -> str | None:
         return f"{problem.C_in} times {problem.C_out} channels are too few for tensor cores"
     if problem.exact:
         return "float32 without TF32 has no tensor cores"
-    if tensor_memory and problem.dtype == torch.float32:
+    if problem.tensor_memory and problem.dtype == torch.float32:
         return "float32, rounded to TF32 in registers, does not go into tensor memory without spills"
-    if not configs_for(problem, tensor_memory):
+    if not configs_for(problem):
         taps = math.prod(axis.kernel for axis in problem.axes)
         return (
             f"{taps} taps times {problem.C_in} channels are too much for {problem.shared_limit} bytes of shared "
@@ -111,18 +104,18 @@ def why_not(problem: Problem, tensor_memory: bool = False) -> str | None:
     return None
 
 
-def configs_for(problem: Problem, tensor_memory: bool = False) -> tuple[Config, ...]:
+def configs_for(problem: Problem) -> tuple[Config, ...]:
     """The configurations that fit; for a problem that the march takes there is one."""
     fitting = (config for config in CONFIGS if _fits(problem, config))
-    return tuple(config for config in fitting if not tensor_memory or _fits_tensor_memory(problem, config))
+    return tuple(config for config in fitting if not problem.tensor_memory or _fits_tensor_memory(problem, config))
 
 
-def choose_march(problem: Problem, shape: Sequence[int], tensor_memory: bool = False) -> March:
+def choose_march(problem: Problem, shape: Sequence[int]) -> March:
     """For an x of ``shape``: the first that keeps all multiprocessors busy, else the last that fits.
 
     Busy are those with two blocks of four warps, or one of eight, rather than with one of four.
     """
-    fitting = configs_for(problem, tensor_memory)
+    fitting = configs_for(problem)
     busy = tuple(config for config in fitting if _resident_warps(problem, config) >= ENOUGH_WARPS)
     for config in (*busy, *fitting):
         march = march_for(problem, shape, config)

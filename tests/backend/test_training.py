@@ -19,6 +19,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.measure import TOLERANCE
 from fusion_backend import backend as backend_module
 from fusion_backend import choice, explain, fused_post
+from fusion_backend.kernels.tf32 import round_to_tf32
 from fusion_backend.patterns.site import Site, find_sites
 
 STRICT = {"fused_post.strict": True}
@@ -408,25 +409,37 @@ def test_gradients_of_every_public_case(
     """By the rule of Dynamo's own accuracy check: RMSE <= 2 * eager's + a tenth of the tolerance, relative."""
     if device == "cpu":
         request.getfixturevalue("without_codegen")
-    for memory_format in CASES[name].memory_formats:
-        check_gradients(CASES[name].small(), dtype, kernel, device, memory_format)
+    # A gate that falls the other way is an error of its own: it takes many elements for the rates to be compared.
+    case = CASES[name].small() if device == "cpu" else CASES[name].small(images=8, pixels=64 * 64)
+    for memory_format in case.memory_formats:
+        check_gradients(case, dtype, kernel, device, memory_format)
 
 
 def check_gradients(
     case: Case, dtype: torch.dtype, kernel: str, device: str, memory_format: torch.memory_format
 ) -> None:
     torch._dynamo.reset()
+    torch.manual_seed(0)
     model = case.model().to(device, dtype)
     x, *others = case.inputs(device, dtype, memory_format)
     forward = torch.compile(model, backend=fused_post, options={**STRICT, "fused_post.kernel": kernel})
-    exact = copy.deepcopy(model).double()
-    expected = step(lambda x: exact(x, *(other.double() for other in others)), exact, x.double())
+    doubles = [other.double() for other in others]
+
+    def in_float64(rounded: Callable[[Tensor], Tensor]) -> Any:
+        exact = copy.deepcopy(model).double()
+        with torch.no_grad():
+            exact.conv.weight.copy_(rounded(model.conv.weight))
+        return step(lambda x: exact(x, *doubles), exact, rounded(x).double())
+
+    expected = in_float64(lambda tensor: tensor)
     ours = step(lambda x: forward(x, *others), model, x)
     eager = step(lambda x: model(x, *others), model, x)
-    for mine, theirs, true in zip(ours, eager, expected, strict=True):
+    # Where the fused kernel may take TF32 and cuDNN, which may too, takes none, its rounding is the measure.
+    tf32 = in_float64(round_to_tf32) if kernel == "fused" and dtype == torch.float32 else eager
+    for mine, *theirs, true in zip(ours, eager, tf32, expected, strict=True):
         size = true.square().mean().sqrt()
-        errors = [(t.double() - true).square().mean().sqrt() for t in (mine, theirs)]
-        assert errors[0] <= 2 * errors[1] + TOLERANCE[dtype] / 10 * size
+        error, *allowed = [(t.double() - true).square().mean().sqrt() for t in (mine, *theirs)]
+        assert error <= 2 * max(allowed) + TOLERANCE[dtype] / 10 * size
 
 
 class Autoencoder(nn.Module):

@@ -66,6 +66,7 @@ def on_chip(name: str) -> Iterator[None]:
     with (
         FakeTensorMode(),
         mock.patch.object(problem, "shared_memory_limit", return_value=chip.shared_limit),
+        mock.patch.object(problem, "has_tensor_memory", return_value=name == "sm_100"),
         mock.patch.object(torch.version, "hip", hip),
     ):
         yield

@@ -8,6 +8,7 @@ import torch
 from fusion_backend.kernels.conv_transpose import CONV_TRANSPOSE, reference
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.phases import Axis
+from fusion_backend.kernels.tf32 import round_to_tf32
 from tests.kernels.implementations import Value
 from tests.kernels.layouts import laid_out
 
@@ -68,6 +69,12 @@ def eager(x: torch.Tensor, weight: torch.Tensor, conv: Conv) -> torch.Tensor:
     axes = zip(*((axis.stride, axis.padding, axis.output_padding, axis.dilation) for axis in conv.axes), strict=True)
     stride, padding, output_padding, dilation = axes
     return CONV_TRANSPOSE[x.dim()](x, weight, None, stride, padding, output_padding, conv.groups, dilation)
+
+
+def tf32(x: torch.Tensor, weight: torch.Tensor, conv: Conv) -> torch.Tensor:
+    """``eager`` of inputs that are rounded to TF32 where they are float32, and with no error besides."""
+    inputs = (round_to_tf32(each) if each.dtype == torch.float32 else each for each in (x, weight))
+    return eager(*(each.double() for each in inputs), conv)
 
 
 def assert_close(

@@ -37,10 +37,9 @@ def launch_of(
     with on_chip(chip):
         x, weight, out = conv.fakes(dtype, x_last, out_last)
         problem = problem_for(x, weight, conv.axes, conv.groups, out_last, True)
-        tensor_memory = chip == "sm_100"
-        if why_not(problem, tensor_memory) or (config and config not in configs_for(problem, tensor_memory)):
+        if why_not(problem) or (config and config not in configs_for(problem)):
             return None
-        march = march_for(problem, conv.x, config) if config else choose_march(problem, conv.x, tensor_memory)
+        march = march_for(problem, conv.x, config) if config else choose_march(problem, conv.x)
         shift = torch.empty(conv.C_out, device="cuda")
         given = coefficients_for(out, (None, shift, None, None), (1.0, 0.0, 0.0, 0.5))
         packed = row_march.pack(weight, problem, march.config)

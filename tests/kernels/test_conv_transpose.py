@@ -28,9 +28,10 @@ from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.conv_transpose import reference
 from fusion_backend.kernels.gate import Gate, pack, passes
 from fusion_backend.kernels.layout import empty
+from fusion_backend.kernels.plans import plans_for
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.tiling import Tiling, choose_tiling, tilings
-from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager
+from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager, tf32
 from tests.kernels.implementations import DTYPES, Value, every, every_device, split
 from tests.kernels.interpreting import interpreted
 from tests.kernels.layouts import is_laid_out, laid_out, unflattened
@@ -51,13 +52,14 @@ class Implementation:
         *values: Value,
         channels_last: bool | None = None,
         allow_tf32: bool = True,
+        **plan: Any,
     ) -> torch.Tensor:
         tensors, numbers = split(values)
         parameters = (conv.stride, conv.padding, conv.output_padding, conv.dilation, conv.groups)
         if self.twin:
             return self.twin.run(x, weight, *parameters, tensors, numbers, channels_last, allow_tf32)[0]
         return torch.ops.fused_post.conv_transpose(
-            x, weight, *parameters, *tensors, *numbers, channels_last=channels_last, allow_tf32=allow_tf32
+            x, weight, *parameters, *tensors, *numbers, channels_last=channels_last, allow_tf32=allow_tf32, **plan
         )
 
     def gated(
@@ -360,7 +362,7 @@ def test_half_precision_is_rounded_exactly_once(run: Implementation, conv: Conv,
     """Small integers add up exactly in fp32, in any order."""
     x, weight = (tensor.mul(4).round() for tensor in conv.tensors(dtype, run.device))
     shift = torch.linspace(-9, 9, conv.C_out, device=run.device)
-    exact = reference(x.float(), weight.float(), conv.axes, conv.groups, None, shift)
+    exact = pointwise(eager(x.double(), weight.double(), conv).float(), None, shift)
     for last in (False, True):
         assert torch.equal(run(x, weight, conv, None, shift, channels_last=last), exact.to(dtype))
 
@@ -459,7 +461,7 @@ def test_the_operator_has_the_agreed_schema() -> None:
     numbers = "float scale_number=1., float shift_number=0., float? lo_number=None, float? hi_number=None"
     assert str(torch.ops.fused_post.conv_transpose.default._schema) == (
         f"fused_post::conv_transpose(Tensor x, Tensor weight, {parameters}, {tensors}, {numbers}, "
-        "bool? channels_last=None, bool allow_tf32=True) -> Tensor"
+        "bool? channels_last=None, bool allow_tf32=True, str? plan=None, Tensor? packed=None) -> Tensor"
     )
 
 
@@ -608,15 +610,17 @@ def test_every_configuration_never_changes_its_mind_at_full_size(conv: Conv, las
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @every_public_case
 def test_as_accurate_as_cudnn(conv: Conv, last: bool, dtype: torch.dtype) -> None:
-    """Without the tail, which only adds roundings to eager's result."""
+    """Without the tail, which only adds roundings to eager's result.
+
+    For some convolutions cuDNN takes no TF32 although it may. Ours does, with the error of that rounding alone.
+    """
     x, weight = replace(conv, x=(2, *conv.x[1:])).tensors(dtype, "cuda", last)
     exact = eager(x.double(), weight.double(), conv)
 
     def rmse(y: torch.Tensor) -> float:
         return ((y.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
 
-    with mock.patch.object(torch.backends.cudnn, "allow_tf32", True):
-        assert rmse(ON_GPU(x, weight, conv)) <= 1.1 * rmse(eager(x, weight, conv))
+    assert rmse(ON_GPU(x, weight, conv)) <= 1.1 * max(rmse(eager(x, weight, conv)), rmse(tf32(x, weight, conv)))
 
 
 @pytest.mark.usefixtures("empty_gpu")
@@ -644,11 +648,18 @@ def test_more_than_2_to_the_31_elements(from_last: bool, to_last: bool) -> None:
         assert_close(y[image : image + 1, :, 2 * row : 2 * row + 32], part, weight, replace(conv, x=tuple(part.shape)))
 
 
+PLANS = {
+    "64x32x64, 4 warps, 4 stages": ["_conv_transpose_kernel"],
+    "march 64x32, 4 warps, 3 stages": ["_row_march_kernel"],
+    "turned 64x32x64, 4 warps, 4 stages": ["_transpose_kernel", "_conv_transpose_kernel"],
+}
+
+
 @pytest.mark.usefixtures("empty_gpu")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_inductor_launches_the_kernel_without_python(dtype: torch.dtype, last: bool, dynamic: bool) -> None:
+def test_inductor_launches_the_kernels_without_python(dtype: torch.dtype, plan: str, dynamic: bool) -> None:
     """One kernel of Inductor's for x * 2, one that packs the weight, then ours: no call of the operator."""
     from torch._inductor.utils import run_and_get_code
 
@@ -658,16 +669,38 @@ def test_inductor_launches_the_kernel_without_python(dtype: torch.dtype, last: b
 
     def function(x: torch.Tensor) -> torch.Tensor:
         return torch.ops.fused_post.conv_transpose(
-            x * 2, weight, [2], [1], [1], [1], 1, None, shift, lo_number=0.0, channels_last=last
+            x * 2, weight, [2], [1], [1], [1], 1, None, shift, lo_number=0.0, channels_last=False, plan=plan
         )
 
     compiled = torch.compile(function, backend="inductor", fullgraph=True, dynamic=dynamic)
     for height in (40, 56):
         sized = replace(conv, x=(2, 16, height, 32))
-        x, _ = sized.tensors(dtype, "cuda", last)
+        x, _ = sized.tensors(dtype, "cuda")
         y, codes = run_and_get_code(compiled, x)
         assert_close(y, x * 2, weight, sized, (None, shift, 0.0), tf32=True)
-        assert is_laid_out(y, last)
+        assert is_laid_out(y, False)
         for code in codes:
-            assert "_conv_transpose_kernel_0.run(" in code
+            assert all(f"{kernel}_0.run(" in code for kernel in PLANS[plan])
             assert "torch.ops.fused_post" not in code
+
+
+@pytest.mark.usefixtures("empty_gpu")
+@every_layout
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("conv", [K3S2, K2S2, K16S8, K2S2_3D], ids=["k3s2", "k2s2", "k16s8", "k2s2_3d"])
+def test_every_plan_computes_the_same(conv: Conv, dtype: torch.dtype, from_last: bool, to_last: bool) -> None:
+    x, weight = conv.tensors(dtype, "cuda", from_last)
+    values = coefficients(conv.C_out, "cuda")
+    problem = ON_GPU.problem(x, weight, conv, to_last)
+    for plan in plans_for(problem):
+        for packed in (None, kernels.pack_for(plan, weight, problem)):
+            y = ON_GPU(x, weight, conv, *values, channels_last=to_last, plan=plan.name, packed=packed)
+            assert is_laid_out(y, to_last)
+            assert_close(y, x, weight, conv, values, tf32=True)
+
+
+def test_an_unknown_plan_is_an_error_that_lists_the_known_ones() -> None:
+    with FakeTensorMode():
+        x, weight = torch.empty(1, 16, 8, 8, device="cuda"), torch.empty(16, 16, 3, 3, device="cuda")
+        with pytest.raises(ValueError, match=r"plan is 'fast'; allowed for this convolution are \['march"):
+            torch.ops.fused_post.conv_transpose(x, weight, *PLAIN, plan="fast")

@@ -155,7 +155,7 @@ def test_any_size_in_every_layout(run: Implementation, shape: tuple[int, ...], d
 
 
 def name_of(config: Config) -> str:
-    return f"{config.block_bytes}x{config.num_warps}{'s' * config.streaming}"
+    return f"{config.block_bytes}x{config.num_warps}"
 
 
 @every_kernel
@@ -590,13 +590,13 @@ print(*ran[:3])
     assert run.stdout == "_flat_kernel _transpose_kernel _flat_kernel\n", run.stderr
 
 
-def test_small_tensors_get_small_blocks_and_large_ones_large_blocks() -> None:
-    for transposing, table in ((False, FLAT_CONFIGS), (True, TRANSPOSE_CONFIGS)):
-        chosen = [choose_config(transposing, size) for size in (0, 2**20, 2**24, 2**27, 2**31, 2**40)]
-        assert set(chosen) <= set(table)
-        sizes = [config.block_bytes for config in chosen]
-        assert sizes == sorted(sizes)
-        assert sizes[0] < sizes[-1]
+def test_large_tensors_get_large_blocks_where_tiles_are_turned_or_rows_are_no_whole_vectors() -> None:
+    for transposing, aligned in ((False, False), (True, False), (True, True)):
+        small, large = TRANSPOSE_CONFIGS if transposing else FLAT_CONFIGS
+        assert [choose_config(transposing, size, aligned) for size in (0, 2**20, 2**24, 2**40)] == [small] * 2 + [
+            large
+        ] * 2
+    assert {choose_config(False, size) for size in (0, 2**24, 2**40)} == {FLAT_CONFIGS[0]}
 
 
 def test_configurations_are_whole_vectors_a_thread() -> None:

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 pytest.importorskip("triton")
 
-from fusion_backend.kernels import launching, problem, row_march, strips
+from fusion_backend.kernels import launching, problem, row_march
 from fusion_backend.kernels.coefficients import coefficients_for
 from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.conv_transpose import reference
@@ -22,7 +22,7 @@ from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.strips import CONFIGS, Config, choose_march, configs_for, march_for, why_not
 from tests.kernels.compiling import record_launches
-from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager
+from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager, tf32
 from tests.kernels.implementations import DTYPES, Value, every, split
 from tests.kernels.interpreting import interpreted
 from tests.kernels.layouts import laid_out, unflattened
@@ -57,10 +57,7 @@ class Run:
         """With the configuration that is chosen, unless one is given."""
         module = self.twin or row_march
         given = coefficients_for(out, *split(values))
-        tensor_memory = not self.twin and strips.has_tensor_memory(x.device)
-        march = (
-            march_for(problem, x.shape, config, segments) if config else choose_march(problem, x.shape, tensor_memory)
-        )
+        march = march_for(problem, x.shape, config, segments) if config else choose_march(problem, x.shape)
         with mock.patch.object(row_march, "wrap_triton", lambda kernel: kernel):
             module.launch(out, x, module.pack(weight, problem, march.config), problem, march, given)
 
@@ -231,7 +228,7 @@ def test_rounds_exactly_once_also_on_the_bounds(run: Run, name: str, dtype: torc
     conv = KINDS[name]
     x, weight = (tensor.mul(4).round() for tensor in conv.tensors(dtype, run.device))
     values = (None, torch.linspace(-9, 9, conv.C_out, device=run.device), -40.0, 40.0)
-    exact = reference(x.float(), weight.float(), conv.axes, 1, *values)
+    exact = pointwise(eager(x.double(), weight.double(), conv).float(), *values)
     for last in (False, True):
         assert torch.equal(run(conv, x, weight, values, last), exact.to(dtype))
 
@@ -271,7 +268,7 @@ def test_says_what_it_does_not_take(conv: Conv, options: dict[str, bool], reason
 
 def test_does_not_take_float32_through_tensor_memory() -> None:
     for dtype, taken in ((torch.float32, False), (torch.bfloat16, True)):
-        assert (why_not(problem_of(SEED, dtype, True, HOPPER), tensor_memory=True) is None) == taken
+        assert (why_not(replace(problem_of(SEED, dtype, True, HOPPER), tensor_memory=True)) is None) == taken
 
 
 FEW, FEWEST = replace(SEED, x=(8, 64, 128, 128)), replace(SEED, x=(1, 64, 128, 128))
@@ -333,7 +330,7 @@ MARCHABLE = {name: conv for name, conv in PUBLIC.items() if conv.rank > 1}
 
 def taken(conv: Conv, x: torch.Tensor, weight: torch.Tensor, last: bool) -> Problem:
     problem = ON_GPU.problem(conv, x, weight, last)
-    reason = why_not(problem, strips.has_tensor_memory(x.device))
+    reason = why_not(problem)
     if reason:
         pytest.skip(reason)
     return problem
@@ -379,7 +376,7 @@ def test_every_configuration_never_changes_its_mind_at_full_size(
     x, weight = conv.tensors(dtype, "cuda", from_last)
     problem = taken(conv, x, weight, to_last)
     first: torch.Tensor | None = None
-    configs = configs_for(problem, strips.has_tensor_memory(x.device))
+    configs = configs_for(problem)
     for config, segments in itertools.product(configs, (None, 3)):
         changed = torch.zeros((), dtype=torch.int64, device="cuda")
         for _ in range(10):
@@ -396,7 +393,10 @@ def test_every_configuration_never_changes_its_mind_at_full_size(
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("conv", MARCHABLE.values(), ids=MARCHABLE)
 def test_as_accurate_as_cudnn(conv: Conv, last: bool, dtype: torch.dtype) -> None:
-    """Without the tail, which only adds roundings to eager's result."""
+    """Without the tail, which only adds roundings to eager's result.
+
+    For some convolutions cuDNN takes no TF32 although it may. Ours does, with the error of that rounding alone.
+    """
     conv = replace(conv, x=(2, *conv.x[1:]))
     x, weight = conv.tensors(dtype, "cuda", last)
     problem = taken(conv, x, weight, last)
@@ -407,8 +407,7 @@ def test_as_accurate_as_cudnn(conv: Conv, last: bool, dtype: torch.dtype) -> Non
     def rmse(y: torch.Tensor) -> float:
         return ((y.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
 
-    with mock.patch.object(torch.backends.cudnn, "allow_tf32", True):
-        assert rmse(y) <= 1.1 * rmse(eager(x, weight, conv))
+    assert rmse(y) <= 1.1 * max(rmse(eager(x, weight, conv)), rmse(tf32(x, weight, conv)))
 
 
 @pytest.mark.usefixtures("empty_gpu")

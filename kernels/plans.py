@@ -1,0 +1,69 @@
+"""How the operator computes a transposed convolution: by which kernel and configuration, and from x as it is or turned.
+
+    march     ``row_march``, where the weight's taps fit in shared memory
+    general   ``conv_transpose``, for all there is
+    turned    either of them behind a pass that makes a contiguous x channels_last, at about a copy's speed
+
+A plan has a name, by which a measurement, a compiled graph and a report speak of it. What is chosen without a name is a
+rule, read off benchmarks/results/conv_transpose_nvidia-h200.json: march where it can, and turn x for the general kernel
+where taps read x at odd addresses. Everything is worked out without a GPU and without triton.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from fusion_backend.kernels import strips, tiling
+from fusion_backend.kernels.problem import SMALLEST_EDGE, Problem
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration of the march or of the general kernel; ``turned``: x is made channels_last first."""
+
+    config: strips.Config | tiling.Config
+    turned: bool = False
+
+    @property
+    def is_march(self) -> bool:
+        return isinstance(self.config, strips.Config)
+
+    @property
+    def name(self) -> str:
+        """For example "march 64x32, 4 warps, 2 stages" or "turned 128x64x128, 4 warps, 3 stages"."""
+        if isinstance(self.config, strips.Config):
+            size = f"march {self.config.pixels}x{self.config.channels}"
+        else:
+            size = f"{self.config.rows}x{self.config.columns}x{self.config.depth_bytes}"
+        turned = "turned " if self.turned else ""
+        return f"{turned}{size}, {self.config.num_warps} warps, {self.config.num_stages} stages"
+
+    def problem(self, problem: Problem) -> Problem:
+        """What is left of the problem where x has been turned."""
+        return replace(problem, x_last=True) if self.turned else problem
+
+
+def plans_for(problem: Problem) -> Iterator[Plan]:
+    """All that fit; there is always one."""
+    for turned in (False, True) if _can_turn(problem) else (False,):
+        rest = Plan(tiling.DOT_CONFIGS[0], turned).problem(problem)
+        if strips.why_not(rest) is None:
+            yield from (Plan(config, turned) for config in strips.configs_for(rest))
+        yield from (Plan(each.config, turned) for each in tiling.tilings(rest))
+
+
+def plan_named(problem: Problem, name: str) -> Plan | None:
+    return next((plan for plan in plans_for(problem) if plan.name == name), None)
+
+
+def choose_plan(problem: Problem, shape: tuple[int, ...]) -> Plan:
+    """By the rule above, for an x of ``shape``, whose batch and spatial sizes may be symbolic."""
+    if strips.why_not(problem) is None:
+        return Plan(strips.choose_march(problem, shape).config)
+    turned = _can_turn(problem) and problem.axes[2].moves
+    rest = replace(problem, x_last=True) if turned else problem
+    return Plan(tiling.choose_tiling(rest).config, turned)
+
+
+def _can_turn(problem: Problem) -> bool:
+    """Tensor cores read x in whole blocks of channels; turning fewer moves more bytes than it saves."""
+    return problem.dot and not problem.exact and not problem.x_last and problem.C_in >= SMALLEST_EDGE

@@ -1,0 +1,72 @@
+"""Which plans there are, and which the rule takes, without a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fusion_backend.kernels.phases import Axis
+from fusion_backend.kernels.plans import choose_plan, plan_named, plans_for
+from fusion_backend.kernels.problem import Problem
+
+SEED = Problem(
+    axes=(Axis(), Axis(3, 2, 1, 1), Axis(3, 2, 1, 1)),
+    C_in=64,
+    C_out=64,
+    groups=1,
+    positions=128 * 128 * 128,
+    dtype=torch.bfloat16,
+    x_last=False,
+    out_last=False,
+    tf32=False,
+    exact=False,
+    shared_limit=227 * 1024,
+)
+WIDE = replace(SEED, axes=(Axis(), Axis(), Axis(16, 8, 4)), C_in=512, C_out=256)
+DOWN = replace(SEED, axes=(Axis(), Axis(2, 2), Axis(2, 2)), C_in=512)
+EXACT = replace(SEED, dtype=torch.float32, exact=True)
+DEPTHWISE = replace(SEED, C_in=1, C_out=1, groups=64)
+EVERYTHING = [
+    replace(each, x_last=x_last, out_last=out_last, shared_limit=limit * 1024)
+    for each in (SEED, WIDE, DOWN, EXACT, DEPTHWISE)
+    for x_last in (False, True)
+    for out_last in (False, True)
+    for limit in (64, 99, 227)
+]
+
+
+def test_each_plan_is_found_by_its_name_and_by_no_other() -> None:
+    for problem in EVERYTHING:
+        plans = list(plans_for(problem))
+        assert plans
+        assert len({plan.name for plan in plans}) == len(plans)
+        assert [plan_named(problem, plan.name) for plan in plans] == plans
+        assert plan_named(problem, "fast") is None
+
+
+def test_the_rule_takes_one_that_fits() -> None:
+    for problem in EVERYTHING:
+        assert choose_plan(problem, (128, problem.C_in * problem.groups, 128, 128)) in list(plans_for(problem))
+
+
+@pytest.mark.parametrize(
+    ("problem", "begins"),
+    [
+        (SEED, "march 64x64"),
+        (WIDE, "turned 128x"),  # taps at odd addresses
+        (replace(WIDE, x_last=True), "128x"),
+        (DOWN, "128x"),  # no tap moves
+        (DEPTHWISE, "256x8"),
+        (EXACT, "128x64"),
+    ],
+)
+def test_what_the_rule_takes(problem: Problem, begins: str) -> None:
+    shape = (128, problem.C_in * problem.groups, *(128,) * sum(axis != Axis() for axis in problem.axes))
+    assert choose_plan(problem, shape).name.startswith(begins)
+
+
+def test_only_a_contiguous_x_is_turned() -> None:
+    for problem in EVERYTHING:
+        turned = [plan for plan in plans_for(problem) if plan.turned]
+        assert bool(turned) == (not problem.x_last and problem.dot and not problem.exact)
+        assert all(plan.problem(problem) == replace(problem, x_last=True) for plan in turned)
