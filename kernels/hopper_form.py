@@ -1,12 +1,16 @@
-"""What is compiled into the march on Hopper: which rows of x a step reads, and which products it makes of them.
+"""What is compiled into the march on Hopper: which tiles of x a step reads, and which products it makes of them.
 
-A strip's pixels are dealt out to combs: pixel pair*p + j of it is the p-th of comb j. An output needs x at a few shifts
-s, and x[pair*p + h + s] is the p-th of comb h + s, so all shifts together need only shifts + pair - 1 combs.
+A strip is 64 columns of x, and an output needs x at a few shifts s along the row. A channels_last x is fetched once for
+each shift. The pixels of a contiguous x are dealt out to combs of 32 instead, every second one to the same: x[2*p + j]
+is the p-th of comb j. So x[2*p + h + s] is the p-th of comb h + s, and all shifts together need shifts + 1 combs.
+
+Where x or the output is contiguous, a thread of a product has neighbouring pixels, those of two combs.
 """
 
 from dataclasses import dataclass
 
-COMB = 32  # pixels, 8 for each warp of a consumer
+STRIP = 64  # pixels: the rows of a product
+COMB = STRIP // 2
 
 
 @dataclass(frozen=True)
@@ -18,26 +22,30 @@ class Form:
     padding: tuple[int, int, int]
     growth: tuple[int, int, int]
     along_d: bool
+    flat: bool  # the other dimension has one row
     C_in: int
     C_out: int
     depth: int  # C_in, filled up to a power of two
-    box: tuple[int, int, int]  # of a comb: images, rows along the other dimension, pixels
+    box: tuple[int, int, int]  # of a strip: images, rows along the other dimension, pixels
     whole: bool  # all strips are full, and no phase is short
     unit: int  # W counts units of so many pixels: the compiler sees only whether 16 divides a number
     x_last: bool
     out_last: bool
     tf32: bool
     kinds: tuple[int, int, int, int]  # scale, shift, lo, hi: 0 none, 1 a number, 2 a tensor
-    pixels: int
     channels: int
     consumers: int
     slots: int
     registers: int
-    ahead: bool
+    overlap: int
+    burst: bool
+    modifier: str
+    release: int
 
     @property
-    def pair(self) -> int:
-        return self.pixels // COMB
+    def paired(self) -> bool:
+        """Whether a thread's two pixels are neighbours, rather than 8 apart as products have them by themselves."""
+        return not (self.x_last and self.out_last)
 
     @property
     def halo(self) -> int:
@@ -55,6 +63,16 @@ class Form:
         return self.stride[1] * self.stride[2]
 
     @property
+    def stored(self) -> int:
+        """Rows of the output that a step stores."""
+        return self.stride[0] * self.stride[1]
+
+    @property
+    def carried_with(self) -> int:
+        """1: the products of the rows that are carried run with those of the last that is stored; 0: behind them."""
+        return int(self.overlap == 2)
+
+    @property
     def first(self) -> tuple[int, int]:
         """The lowest shift along the other dimension and along W."""
         _, m, w = (shifts_along(*axis) for axis in self._axes)
@@ -66,8 +84,21 @@ class Form:
         return len(m), len(w)
 
     @property
-    def combs(self) -> int:
-        return self.shifts[1] + self.pair - 1
+    def tiles(self) -> int:
+        """Of x in a step, for each shift along the other dimension: shifts, or combs."""
+        return self.shifts[1] + (not self.x_last)
+
+    @property
+    def tile(self) -> tuple[int, ...]:
+        """The shape of one: what the copy engine fetches of [N, rows, other rows, W, C_in], or a comb."""
+        if not self.x_last:
+            return COMB, self.depth
+        images, rows, pixels = self.box
+        return (images, 1, pixels, self.depth) if self.flat else (images, 1, rows, pixels, self.depth)
+
+    @property
+    def all_tiles(self) -> int:
+        return self.shifts[0] * self.tiles
 
     @property
     def joined(self) -> int:
@@ -81,11 +112,6 @@ class Form:
             tuple(self._taps(r, e_m, e_w) for e_m in range(self.stride[1]) for e_w in range(self.stride[2]))
             for r in range(self.stride[0] + self.carried)
         )
-
-    @property
-    def combs_fetched(self) -> int:
-        """Combs of x in a step of one strip."""
-        return self.shifts[0] * self.combs
 
     @property
     def _axes(self) -> tuple[tuple[int, int, int], ...]:

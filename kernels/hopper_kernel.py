@@ -19,6 +19,11 @@ def _known(number):
 
 
 @gluon.constexpr_function
+def _stacked(count, shape):
+    return [count, *shape]
+
+
+@gluon.constexpr_function
 def _powers(count, unit):
     """unit, 2 * unit, ... below count * unit."""
     return [unit << bit for bit in range(count.bit_length() - 1)]
@@ -45,35 +50,36 @@ def _tile_layout(form, bits):
 
     [pixels, channels] for channels_last, with columns permuted by ``pack``; else [channels, pixels * joined].
     """
-    pair = form.pixels // 32
+    # A thread's second pixel, and its lane's and its warp's.
+    second, lane, warp = (1, 2, 16) if form.paired else (8, 1, 16)
     if form.out_last:
         wide = 2 * _joined_columns(bits, form.channels)
-        registers = [[0, c] for c in _powers(wide, 1)] + [[p, 0] for p in _powers(pair, 1)]
+        registers = [[0, c] for c in _powers(wide, 1)] + [[second, 0]]
         registers += [[0, c] for c in _powers(form.channels // (4 * wide), 4 * wide)]
-        lanes = [[0, wide], [0, 2 * wide], [pair, 0], [2 * pair, 0], [4 * pair, 0]]
-        warps, shape = [[8 * pair, 0], [16 * pair, 0]], [form.pixels, form.channels]
+        lanes = [[0, wide], [0, 2 * wide]] + [[p, 0] for p in _powers(8, lane)]
+        warps, shape = [[warp, 0], [2 * warp, 0]], [64, form.channels]
     else:
-        wide = pair * form.joined
+        wide = 2 * form.joined
         registers = [[0, p] for p in _powers(wide, 1)] + [[1, 0]] + [[c, 0] for c in _powers(form.channels // 8, 8)]
-        lanes = [[2, 0], [4, 0], [0, wide], [0, 2 * wide], [0, 4 * wide]]
-        warps, shape = [[0, 8 * wide], [0, 16 * wide]], [form.channels, form.pixels * form.joined]
+        lanes = [[2, 0], [4, 0]] + [[0, p] for p in _powers(8, wide)]
+        warps, shape = [[0, 8 * wide], [0, 16 * wide]], [form.channels, 64 * form.joined]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
 
 
 @gluon.constexpr_function
-def _row_layout(depth, pair, bits):
-    """[depth, 32, pair] of a contiguous x: lanes along the row, a thread's channels are 16 bytes of a pixel."""
+def _row_layout(depth, bits):
+    """[depth, 32, 2] of a contiguous x: lanes along the row, a thread's channels are 16 bytes of a pixel."""
     vector = min(16 * 8 // bits, depth // 4)
-    registers = [[0, 0, p] for p in _powers(pair, 1)] + [[c, 0, 0] for c in _powers(vector, 1)]
+    registers = [[0, 0, 1]] + [[c, 0, 0] for c in _powers(vector, 1)]
     registers += [[c, 0, 0] for c in _powers(depth // (4 * vector), 4 * vector)]
     lanes = [[0, p, 0] for p in _powers(32, 1)]
-    return gl.DistributedLinearLayout(registers, lanes, [[vector, 0, 0], [2 * vector, 0, 0]], [], [depth, 32, pair])
+    return gl.DistributedLinearLayout(registers, lanes, [[vector, 0, 0], [2 * vector, 0, 0]], [], [depth, 32, 2])
 
 
 @gluon.constexpr_function
 def _loads(form):
     """Of a row, for one shift along the other dimension: a wide one, and those of the combs beyond it."""
-    return 1 + sum(not 0 <= form.first[1] + j < form.pair for j in range(form.combs))
+    return 1 + sum(not 0 <= form.first[1] + j < 2 for j in range(form.tiles))
 
 
 @gluon.jit
@@ -94,7 +100,7 @@ def _corner(strip, tiles, FORM: gl.constexpr):
     return (
         rest // tiles_m * FORM.box[0],
         rest % tiles_m * FORM.box[1],
-        strip % tiles_w * (FORM.box[2] * FORM.pair),
+        strip % tiles_w * FORM.box[2],
     )
 
 
@@ -108,9 +114,9 @@ def _begin(group, work, FORM: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(descriptors, xs, full, empty, tiles, work, FORM: gl.constexpr):
-    """Rows of a channels_last x, by the copy engine."""
-    BYTES: gl.constexpr = FORM.combs_fetched * 32 * FORM.depth * (xs.dtype.primitive_bitwidth // 8)
+def _fetch(x, xs, full, empty, tiles, work, FORM: gl.constexpr):
+    """Rows of a channels_last x, once for each shift, by the copy engine."""
+    BYTES: gl.constexpr = FORM.all_tiles * 64 * FORM.depth * (xs.dtype.primitive_bitwidth // 8)
     begin, end, rows = work
     slot = 0
     phase = 1
@@ -123,13 +129,14 @@ def _fetch(descriptors, xs, full, empty, tiles, work, FORM: gl.constexpr):
                 mbarrier.wait(empty.index(at), phase)
                 mbarrier.expect(full.index(at), BYTES)
                 for s_m in gl.static_range(_known(FORM.shifts[0])):
-                    for j in gl.static_range(_known(FORM.combs)):
-                        tma.async_copy_global_to_shared(
-                            descriptors[_known((FORM.first[1] + j) % FORM.pair)],
-                            [n, row, m + (FORM.first[0] + s_m), w // FORM.pair + (FORM.first[1] + j) // FORM.pair, 0],
-                            full.index(at),
-                            xs.index(at * FORM.combs_fetched + s_m * FORM.combs + j),
-                        )
+                    for s_w in gl.static_range(_known(FORM.shifts[1])):
+                        tile = xs.index(at * FORM.all_tiles + s_m * FORM.tiles + s_w)
+                        x_w = w + (FORM.first[1] + s_w)
+                        if FORM.flat:
+                            tma.async_copy_global_to_shared(x, [n, row, x_w, 0], full.index(at), tile)
+                        else:
+                            x_m = m + (FORM.first[0] + s_m)
+                            tma.async_copy_global_to_shared(x, [n, row, x_m, x_w, 0], full.index(at), tile)
             slot += 1
             if slot == FORM.slots:
                 slot = 0
@@ -138,7 +145,7 @@ def _fetch(descriptors, xs, full, empty, tiles, work, FORM: gl.constexpr):
 
 @gluon.jit
 def _row_pointers(x_ptr, corner, row, sizes, z, s_m, LAYOUT: gl.constexpr, FORM: gl.constexpr):
-    """Where every pixel pair * p of a row is, [depth, 32]; its position along W; and whether its row exists."""
+    """Where every second pixel of a row is, [depth, 32]; its position along W; and whether its row exists."""
     N, R, M, W = sizes
     n, m, w = corner
     p = gl.arange(0, 32, layout=gl.SliceLayout(0, LAYOUT))
@@ -148,9 +155,9 @@ def _row_pointers(x_ptr, corner, row, sizes, z, s_m, LAYOUT: gl.constexpr, FORM:
     else:
         per_row, per_middle = W, R * W
     plane = R * M * W
-    in_row = p % FORM.box[2] * FORM.pair
-    in_m = p // FORM.box[2] % FORM.box[1]
-    image = p // (FORM.box[2] * FORM.box[1])
+    in_row = 2 * p % FORM.box[2]
+    in_m = 2 * p // FORM.box[2] % FORM.box[1]
+    image = 2 * p // (FORM.box[2] * FORM.box[1])
     at = in_row
     if FORM.box[1] > 1:
         at += in_m * per_middle
@@ -170,17 +177,17 @@ def _row_pointers(x_ptr, corner, row, sizes, z, s_m, LAYOUT: gl.constexpr, FORM:
 def _load_row(x_ptr, corner, row, sizes, z, z_2, FORM: gl.constexpr):
     """A row of a strip of a contiguous x: for each shift along the other dimension, whole pixels, and more combs."""
     BITS: gl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth
-    WIDE: gl.constexpr = _row_layout(FORM.depth, FORM.pair, BITS)
+    WIDE: gl.constexpr = _row_layout(FORM.depth, BITS)
     NARROW: gl.constexpr = gl.SliceLayout(2, WIDE)
     W = sizes[3]
-    e = gl.arange(0, FORM.pair, layout=gl.SliceLayout(0, gl.SliceLayout(1, WIDE)))[None, None, :]
+    e = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, WIDE)))[None, None, :]
     loaded = ()
     for s_m in gl.static_range(_known(FORM.shifts[0])):
         x_ptrs, q, exists = _row_pointers(x_ptr, corner, row, sizes, z, FORM.first[0] + s_m, NARROW, FORM)
         here = gl.expand_dims(exists, 2) & (gl.expand_dims(q, 2) + e < W)
         loaded = _append(loaded, gl.load(gl.expand_dims(x_ptrs, 2) + e, mask=here, other=0.0))
-        for j in gl.static_range(_known(FORM.combs)):
-            if FORM.first[1] + j < 0 or FORM.first[1] + j >= FORM.pair:
+        for j in gl.static_range(_known(FORM.tiles)):
+            if FORM.first[1] + j < 0 or FORM.first[1] + j >= 2:
                 x_ptrs, q, exists = _row_pointers(x_ptr, corner, row, sizes, z_2, FORM.first[0] + s_m, NARROW, FORM)
                 here = exists & (q + (FORM.first[1] + j) >= 0) & (q + (FORM.first[1] + j) < W)
                 loaded = _append(loaded, gl.load(x_ptrs + (FORM.first[1] + j), mask=here, other=0.0))
@@ -193,21 +200,15 @@ def _put_row(loaded, xs, at, FORM: gl.constexpr):
     PER_SHIFT: gl.constexpr = _loads(FORM)
     for s_m in gl.static_range(_known(FORM.shifts[0])):
         wide = loaded[s_m * PER_SHIFT]
-        if FORM.pair == 2:
-            inner = gl.split(wide)
-        else:
-            even, odd = gl.split(wide.reshape([FORM.depth, 32, 2, 2]))
-            even_0, even_1 = gl.split(even)
-            odd_0, odd_1 = gl.split(odd)
-            inner = (even_0, odd_0, even_1, odd_1)
-        for j in gl.static_range(_known(FORM.combs)):
+        inner = gl.split(wide)
+        for j in gl.static_range(_known(FORM.tiles)):
             if FORM.first[1] + j < 0:
                 x = loaded[s_m * PER_SHIFT + 1 + j]
-            elif FORM.first[1] + j < FORM.pair:
+            elif FORM.first[1] + j < 2:
                 x = inner[_known(FORM.first[1] + j)]
             else:
-                x = loaded[s_m * PER_SHIFT + 1 + j - FORM.pair + max(FORM.first[1], 0)]
-            place = xs.index(at * FORM.combs_fetched + s_m * FORM.combs + j)
+                x = loaded[s_m * PER_SHIFT + 1 + j - 2 + max(FORM.first[1], 0)]
+            place = xs.index(at * FORM.all_tiles + s_m * FORM.tiles + j)
             place.reshape([32, FORM.depth]).permute([1, 0]).store(x)
 
 
@@ -232,6 +233,12 @@ def _turn(x_ptr, xs, full, empty, sizes, tiles, work, length, FORM: gl.constexpr
                 mbarrier.wait(empty.index(at), phase)
                 _put_row(loaded[c * LOADS : (c + 1) * LOADS], xs, at, FORM)
                 mbarrier.arrive(full.index(at), count=1)
+                if not FORM.burst:
+                    z = (row + c + length) >> 28
+                    z_2 = (row + c + FORM.consumers + length) >> 28
+                    next_loaded = next_loaded + _load_row(x_ptr, corner, row + 1, sizes, z, z_2, FORM)
+            for c in gl.static_range(_known(FORM.consumers if FORM.burst else 0)):
+                corner = _corner(group * FORM.consumers + c, tiles, FORM)
                 # Another zero for each, so that nothing is kept from one to the next.
                 z = (row + c + length) >> 28
                 z_2 = (row + c + FORM.consumers + length) >> 28
@@ -245,23 +252,46 @@ def _turn(x_ptr, xs, full, empty, sizes, tiles, work, length, FORM: gl.constexpr
 
 @gluon.jit
 def _produce(shared, FORM: gl.constexpr):
-    x_ptr, x_0, x_1, x_2, x_3, xs, full, empty, sizes, tiles, work, length = shared
+    x_ptr, x, xs, full, empty, sizes, tiles, work, length = shared
     if FORM.x_last:
-        _fetch((x_0, x_1, x_2, x_3), xs, full, empty, tiles, work, FORM)
+        _fetch(x, xs, full, empty, tiles, work, FORM)
     else:
         _turn(x_ptr, xs, full, empty, sizes, tiles, work, length, FORM)
 
 
 @gluon.jit
-def _shifted(combs, s, OPERAND: gl.constexpr, FORM: gl.constexpr):
-    """x at shift s as the products' left operand: row 64*i + 16*warp + 8*h + lane is pixel pair*p + 2*i + h."""
-    if FORM.pair == 2:
-        x = gl.join(combs[s], combs[s + 1])
-        x = x.reshape([4, 8, FORM.depth, 2]).permute([0, 3, 1, 2]).reshape([64, FORM.depth])
-    else:
-        x = gl.join(gl.join(combs[s], combs[s + 2]), gl.join(combs[s + 1], combs[s + 3]))
-        x = x.reshape([4, 8, FORM.depth, 2, 2]).permute([3, 0, 4, 1, 2]).reshape([128, FORM.depth])
-    return gl.convert_layout(x, OPERAND, assert_trivial=False)
+def _read(xs, at, OPERAND: gl.constexpr, FORM: gl.constexpr):
+    """The tiles of a step as they are read: combs, or x at each shift as the products' left operand."""
+    COMB: gl.constexpr = _comb_layout(FORM.depth, xs.dtype.primitive_bitwidth)
+    tiles = ()
+    for j in gl.static_range(_known(FORM.all_tiles)):
+        tile = xs.index(at * FORM.all_tiles + j)
+        if not FORM.x_last:
+            x = tile.reshape([32, FORM.depth]).load(COMB)
+        elif FORM.paired:
+            tile = tile.reshape([4, 8, 2, FORM.depth]).permute([0, 2, 1, 3])
+            x = tile.reshape([64, FORM.depth]).load(OPERAND)
+        else:
+            x = tile.reshape([64, FORM.depth]).load(OPERAND)
+        tiles = _append(tiles, x)
+    return tiles
+
+
+@gluon.jit
+def _operands(tiles, OPERAND: gl.constexpr, FORM: gl.constexpr):
+    """x at each shift, rounded. Row 16*warp + 8*h + lane of a comb's operand is pixel 2*(8*warp + lane) + h."""
+    rounded = ()
+    for j in gl.static_range(_known(FORM.all_tiles)):
+        rounded = _append(rounded, _rounded_to_tf32(tiles[j]) if FORM.tf32 else tiles[j])
+    operands = rounded
+    if not FORM.x_last:
+        operands = ()
+        for s_m in gl.static_range(_known(FORM.shifts[0])):
+            for s_w in gl.static_range(_known(FORM.shifts[1])):
+                x = gl.join(rounded[s_m * FORM.tiles + s_w], rounded[s_m * FORM.tiles + s_w + 1])
+                x = x.reshape([4, 8, FORM.depth, 2]).permute([0, 3, 1, 2]).reshape([64, FORM.depth])
+                operands = _append(operands, gl.convert_layout(x, OPERAND, assert_trivial=False))
+    return operands
 
 
 @gluon.jit
@@ -331,8 +361,7 @@ def _store_row(accs, out_ptr, corner, o_r, e_m: gl.constexpr, sizes, z, channel_
     # z keeps what follows from it inside the loop, and not in registers all the time; 16 of it divide what 16 divides.
     plane = O_R * O_M * O_W + z * 16
     PER_PIXEL: gl.constexpr = FORM.C_out if FORM.out_last else 1
-    PIXELS: gl.constexpr = FORM.pixels * FORM.joined
-    PAIRS: gl.constexpr = FORM.pair // 2
+    PIXELS: gl.constexpr = 64 * FORM.joined
     JOINED: gl.constexpr = _joined_columns(BITS, FORM.channels)
     LAYOUT: gl.constexpr = _tile_layout(FORM, BITS)
     PIXEL: gl.constexpr = gl.SliceLayout(FORM.out_last, LAYOUT)
@@ -342,7 +371,7 @@ def _store_row(accs, out_ptr, corner, o_r, e_m: gl.constexpr, sizes, z, channel_
     base += (o_r * per_row + (m * FORM.stride[1] + e_m) * per_middle + w * FORM.stride[2]) * PER_PIXEL
     channel = gl.arange(0, FORM.channels, layout=CHANNEL)
     pixel = gl.arange(0, PIXELS, layout=PIXEL)
-    BOX_W: gl.constexpr = FORM.box[2] * FORM.pair * FORM.joined
+    BOX_W: gl.constexpr = FORM.box[2] * FORM.joined
     in_row = pixel % BOX_W * (FORM.stride[2] // FORM.joined)
     in_m = pixel // BOX_W % FORM.box[1] * FORM.stride[1]
     image = pixel // (BOX_W * FORM.box[1])
@@ -363,44 +392,64 @@ def _store_row(accs, out_ptr, corner, o_r, e_m: gl.constexpr, sizes, z, channel_
     for e in gl.static_range(0, _known(FORM.stride[2]), _known(FORM.joined)):
         y = accs[e]
         if FORM.out_last:
-            y = y.reshape([PAIRS, 4, 2, 8, FORM.channels // (8 * JOINED), JOINED, 4, 2])
-            y = y.permute([1, 3, 0, 2, 4, 6, 5, 7]).reshape([FORM.pixels, FORM.channels])
+            y = y.reshape([4, 2, 8, FORM.channels // (8 * JOINED), JOINED, 4, 2])
+            if FORM.paired:
+                y = y.permute([0, 2, 1, 3, 5, 4, 6])
+            else:
+                y = y.permute([0, 1, 2, 3, 5, 4, 6])
+            y = y.reshape([64, FORM.channels])
         else:
             if FORM.joined == 2:
                 y = gl.join(y, accs[e + 1])
             elif FORM.joined == 4:
                 y = gl.join(gl.join(y, accs[e + 2]), gl.join(accs[e + 1], accs[e + 3]))
-            y = y.reshape([PAIRS, 4, 2, 8, FORM.channels, FORM.joined])
-            y = y.permute([4, 1, 3, 0, 2, 5]).reshape([FORM.channels, PIXELS])
+            y = y.reshape([4, 2, 8, FORM.channels, FORM.joined])
+            y = y.permute([3, 0, 2, 1, 4]).reshape([FORM.channels, PIXELS])
         y = gl.convert_layout(y, LAYOUT, assert_trivial=False)
         y = _tail(y, cs, numbers, LAYOUT, FORM).to(out_ptr.dtype.element_ty)
         y_ptr = base + e * PER_PIXEL + at
         if FORM.whole:
-            gl.store(y_ptr, y)
+            gl.store(y_ptr, y, cache_modifier=FORM.modifier)
         else:
             o_m = m * FORM.stride[1] + e_m + in_m
             exists = (n + image < N) & (o_m < O_M) & (w * FORM.stride[2] + e + in_row < O_W)
             known = channel_0 + channel < FORM.C_out
             if FORM.out_last:
-                gl.store(y_ptr, y, mask=exists[:, None] & known[None, :])
+                gl.store(y_ptr, y, mask=exists[:, None] & known[None, :], cache_modifier=FORM.modifier)
             else:
-                gl.store(y_ptr, y, mask=exists[None, :] & known[:, None])
+                gl.store(y_ptr, y, mask=exists[None, :] & known[:, None], cache_modifier=FORM.modifier)
+
+
+@gluon.jit
+def _next(carried, zero, x, ws, z, INDEX: gl.constexpr, FORM: gl.constexpr):
+    """The products of the INDEX-th row that a step stores; behind the last, or with it, of all that are carried."""
+    accs = ()
+    if FORM.stored > INDEX:
+        R: gl.constexpr = INDEX // FORM.stride[1]
+        FIRST: gl.constexpr = INDEX % FORM.stride[1] * FORM.stride[2]
+        accs = _add(carried, zero, x, ws, z, R, FIRST, FORM.stride[2], FORM)
+    if INDEX + FORM.carried_with == FORM.stored:
+        for r in gl.static_range(_known(FORM.stride[0]), _known(FORM.stride[0] + FORM.carried)):
+            more = _add(carried, zero, x, ws, z, r, 0, FORM.phases, FORM)
+            # So many at a time that the compiler does not run out of registers, and makes each wait for the one before.
+            if r < FORM.stride[0] + FORM.carried - 1:
+                more = warpgroup_mma_wait(0, deps=more + x)[: FORM.phases]
+            accs = accs + more
+    return accs
 
 
 @gluon.jit
 def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
     """The march along one strip after the other."""
     out_ptr, xs, full, empty, ws, loaded, cs, sizes, tiles, work, length, channel_0, numbers = shared
-    PIXELS: gl.constexpr = FORM.pixels
     CHANNELS: gl.constexpr = FORM.channels
     BITS: gl.constexpr = xs.dtype.primitive_bitwidth
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FORM.channels, 256 // BITS])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 32 // BITS)
-    COMB: gl.constexpr = _comb_layout(FORM.depth, BITS)
     R = sizes[1]
     begin, end, rows = work
     O_R = R * FORM.stride[0] + (FORM.growth[0] - FORM.stride[0])
-    zero = gl.zeros([PIXELS, CHANNELS], gl.float32, layout=PRODUCT)
+    zero = gl.zeros([64, CHANNELS], gl.float32, layout=PRODUCT)
     slot = 0
     phase = 0
     mbarrier.wait(loaded, 0)
@@ -409,84 +458,52 @@ def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
         corner = _corner(group * FORM.consumers + INDEX, tiles, FORM)
         carried = ()
         for _ in gl.static_range(_known(FORM.carried * FORM.phases)):
-            carried = _append(carried, gl.zeros([PIXELS, CHANNELS], gl.float32, layout=PRODUCT))
+            carried = _append(carried, gl.zeros([64, CHANNELS], gl.float32, layout=PRODUCT))
         for row in range(row_0, last):
             # Always 0, but the compiler does not know that, and it changes: otherwise the addresses of all taps are
             # worked out before the loop and do not fit into registers.
             z = (row + length) >> 28
             at = INDEX * FORM.slots + slot
             mbarrier.wait(full.index(at), phase)
-            combs = ()
-            for j in gl.static_range(_known(FORM.combs_fetched)):
-                comb = xs.index(at * FORM.combs_fetched + j).reshape([32, FORM.depth])
-                combs = _append(combs, comb.load(COMB))
-            # Without the fence the copy engine may overwrite what is still being loaded.
-            fence_async_shared()
-            mbarrier.arrive(empty.index(at), count=1)
+            x_tiles = _read(xs, at, OPERAND, FORM)
+            if FORM.release < 2:
+                # Without the fence the copy engine may overwrite what is still being loaded.
+                if FORM.release == 0:
+                    fence_async_shared()
+                mbarrier.arrive(empty.index(at), count=1)
             slot += 1
             if slot == FORM.slots:
                 slot = 0
                 phase ^= 1
 
-            rounded = ()
-            for j in gl.static_range(_known(FORM.combs_fetched)):
-                rounded = _append(rounded, _rounded_to_tf32(combs[j]) if FORM.tf32 else combs[j])
-            x = ()
-            for s_m in gl.static_range(_known(FORM.shifts[0])):
-                for s_w in gl.static_range(_known(FORM.shifts[1])):
-                    x = _append(x, _shifted(rounded, s_m * FORM.combs + s_w, OPERAND, FORM))
-
-            accs = _add(carried, zero, x, ws, z, 0, 0, FORM.stride[2], FORM)
-            for index in gl.static_range(_known(FORM.stride[0] * FORM.stride[1])):
+            x = _operands(x_tiles, OPERAND, FORM)
+            accs = _next(carried, zero, x, ws, z, 0, FORM)
+            for index in gl.static_range(_known(FORM.stored)):
                 done = warpgroup_mma_wait(0, deps=accs + x)
-                x = done[FORM.stride[2] :]
-                if FORM.ahead:
+                x = done[len(accs) :]
+                if FORM.release == 2 and index == 0:
+                    mbarrier.arrive(empty.index(at), count=1)
+                if index == FORM.stored - 1 and FORM.carried_with == 1:
+                    carried = done[FORM.stride[2] : len(accs)]
+                if FORM.overlap == 1:
                     accs = _next(carried, zero, x, ws, z, index + 1, FORM)
                 o_r = row * FORM.stride[0] + (index // FORM.stride[1] - FORM.padding[0])
                 if (row >= first) & (o_r >= 0) & (o_r < O_R):
                     _store_row(
                         done, out_ptr, corner, o_r, index % FORM.stride[1], sizes, z, channel_0, cs, numbers, FORM
                     )
-                if not FORM.ahead:
+                if FORM.overlap != 1:
                     accs = _next(carried, zero, x, ws, z, index + 1, FORM)
-            if FORM.carried > 0:
+            if FORM.carried > 0 and FORM.carried_with == 0:
                 done = warpgroup_mma_wait(0, deps=accs + x)
-                carried = done[: FORM.carried * FORM.phases]
-
-
-@gluon.jit
-def _next(carried, zero, x, ws, z, INDEX: gl.constexpr, FORM: gl.constexpr):
-    """The products of the INDEX-th row that a step stores; behind the last, of all that are carried."""
-    if FORM.stride[0] * FORM.stride[1] > INDEX:
-        accs = _add(
-            carried,
-            zero,
-            x,
-            ws,
-            z,
-            INDEX // FORM.stride[1],
-            INDEX % FORM.stride[1] * FORM.stride[2],
-            FORM.stride[2],
-            FORM,
-        )
-    else:
-        accs = ()
-        for r in gl.static_range(_known(FORM.stride[0]), _known(FORM.stride[0] + FORM.carried)):
-            more = _add(carried, zero, x, ws, z, r, 0, FORM.phases, FORM)
-            if r < FORM.stride[0] + FORM.carried - 1:
-                more = warpgroup_mma_wait(0, deps=more + x)[: FORM.phases]
-            accs = accs + more
-    return accs
+                carried = done[: len(accs)]
 
 
 @gluon.jit
 def hopper_march_kernel(
     out_ptr,
     x_ptr,
-    x_0,
-    x_1,
-    x_2,
-    x_3,
+    x,
     weight,
     scale_ptr,
     shift_ptr,
@@ -510,8 +527,7 @@ def hopper_march_kernel(
 ):
     """``length`` of ``total`` rows of groups of strips, times FORM.channels channels.
 
-    x_0 to x_3 are the combs of a channels_last x, ``weight`` is what ``pack`` returns, both as the copy engine takes
-    them; x_ptr is a contiguous x.
+    x is a channels_last x and ``weight`` what ``pack`` returns, as the copy engine takes them; x_ptr is a contiguous x.
     """
     dtype: gl.constexpr = weight.dtype
     TAPS: gl.constexpr = FORM.kernel[0] * FORM.kernel[1] * FORM.kernel[2]
@@ -520,8 +536,7 @@ def hopper_march_kernel(
     tiles_c = gl.num_programs(1)
 
     ws = gl.allocate_shared_memory(dtype, [TAPS, FORM.channels, FORM.depth], weight.layout)
-    COMB: gl.constexpr = [BARRIERS * FORM.combs_fetched, FORM.box[0], 1, FORM.box[1], FORM.box[2], FORM.depth]
-    xs = gl.allocate_shared_memory(dtype, COMB, X_LAYOUT)
+    xs = gl.allocate_shared_memory(dtype, _stacked(BARRIERS * FORM.all_tiles, FORM.tile), X_LAYOUT)
     cs = gl.allocate_shared_memory(gl.float32, [4, FORM.channels], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
@@ -551,7 +566,7 @@ def hopper_march_kernel(
     begin = gl.program_id(0) * length
     work = (begin, gl.minimum(begin + length, total), rows)
     numbers = (scale, shift, lo, hi)
-    source = (x_ptr, x_0, x_1, x_2, x_3, xs, full, empty, sizes, tiles, work, length)
+    source = (x_ptr, x, xs, full, empty, sizes, tiles, work, length)
     rest = (out_ptr, xs, full, empty, ws, loaded, cs, sizes, tiles, work, length, channel_0, numbers)
     if FORM.consumers == 2:
         gl.warp_specialize(

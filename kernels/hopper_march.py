@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from fusion_backend.kernels import conv_transpose, hopper_strips
 from fusion_backend.kernels.arguments import axes_for, check_inputs
 from fusion_backend.kernels.coefficients import Coefficients, Tensors, check_coefficients, coefficients_for
+from fusion_backend.kernels.hopper_form import Form
 from fusion_backend.kernels.hopper_strips import Config, March, choose_march, form_for, why_not_shape
 from fusion_backend.kernels.launching import unit_of
 from fusion_backend.kernels.layout import empty, is_channels_last
-from fusion_backend.kernels.packed import PackedWeights
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.strips import block_k_of, three_sizes, turned
 from fusion_backend.kernels.tf32 import round_to_tf32
@@ -40,8 +40,6 @@ from fusion_backend.kernels.tf32 import round_to_tf32
 log = logging.getLogger(__name__)
 
 HOPPER = 9  # major compute capability
-
-packed_weights = PackedWeights()
 
 
 @functools.cache
@@ -84,6 +82,46 @@ def pack(weight: torch.Tensor, problem: Problem, config: Config) -> torch.Tensor
     return packed.reshape(taps * C_out, depth)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What launches of one kind have in common. ``compiled``: the kernel for each alignment of their tensors."""
+
+    form: Form
+    weight_layout: Any
+    x_layout: Any
+    x_shape: tuple[int, ...]  # as the copy engine sees a channels_last x
+    x_strides: tuple[int, ...]
+    grid: tuple[int, int, int]
+    sizes: tuple[int, ...]
+    compiled: dict[Any, Any]
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare(problem: Problem, march: March, shape: tuple[int, ...], kinds: tuple[int, int, int, int]) -> Prepared:
+    _, gl, _ = _gluon()
+    N, _, *sizes = shape
+    R, M, W = turned(problem, three_sizes(sizes))
+    unit = unit_of(W)
+    form = form_for(problem, march, unit, kinds)
+    element = getattr(gl, str(problem.dtype).removeprefix("torch."))
+    layout = gl.NVMMASharedLayout.get_default_for
+    C = problem.C_in
+    x_shape: tuple[int, ...] = (N, R, M, W, C)
+    x_strides: tuple[int, ...] = (R * M * W * C, *((M * W * C, W * C) if form.along_d else (W * C, R * W * C)), C, 1)
+    if form.flat:
+        x_shape, x_strides = x_shape[:2] + x_shape[3:], x_strides[:2] + x_strides[3:]
+    return Prepared(
+        form,
+        layout([form.channels, form.depth], element),
+        layout(list(form.tile), element),
+        x_shape,
+        x_strides,
+        (*march.grid, 1),
+        (N, R, M, W // unit, march.rows, *march.tiles, march.total, march.length),
+        {},
+    )
+
+
 def launch(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -98,41 +136,47 @@ def launch(
     """
     if out.numel() == 0:
         return None
-    kernel, _, TensorDescriptor = _gluon()
-    N, _, *sizes = x.shape
-    R, M, W = turned(problem, three_sizes(sizes))
-    unit = unit_of(W)
-    form = form_for(problem, march, unit, _kinds(coefficients))
-    weight_layout, x_layout = _layouts(x.dtype, form.channels, form.depth, form.box)
-    block = [form.channels, form.depth]
-    weight = TensorDescriptor(packed, list(packed.shape), [form.depth, 1], block, weight_layout)
-    combs: list[Any] = [None] * 4
+    prepared = _prepare(problem, march, tuple(x.shape), _kinds(coefficients))
+    form = prepared.form
+    weight = _descriptor(packed, packed.shape, (form.depth, 1), (form.channels, form.depth), prepared.weight_layout)
+    copied = None
     if form.x_last:
-        C = problem.C_in
-        strides = [R * M * W * C, *((M * W * C, W * C) if form.along_d else (W * C, R * W * C)), form.pair * C, 1]
-        block = [form.box[0], 1, *form.box[1:], form.depth]
-        for h in range(form.pair):
-            pixels = (W - h + form.pair - 1) // form.pair
-            combs[h] = TensorDescriptor(x[..., h:], [N, R, M, pixels, C], strides, block, x_layout)
-    return kernel[march.grid](
+        copied = _descriptor(x, prepared.x_shape, prepared.x_strides, form.tile, prepared.x_layout)
+    args = (
         out,
         None if form.x_last else x,
-        *combs,
+        copied,
         weight,
         *coefficients.tensors,
-        N,
-        R,
-        M,
-        W // unit,
-        march.rows,
-        *march.tiles,
-        march.total,
-        march.length,
+        *prepared.sizes,
         *coefficients.numbers,
-        x_layout,
+        prepared.x_layout,
         form,
-        num_warps=4,
     )
+    # The launcher of triton's own works out what it compiles for at each call, which takes longer than a small site.
+    tensors = (out, x, packed, *coefficients.tensors)
+    key = (out.device.index, *(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors))
+    compiled = prepared.compiled.get(key)
+    if compiled is None:
+        kernel, *_ = _gluon()
+        compiled = prepared.compiled[key] = kernel[prepared.grid](*args, num_warps=4)
+    else:
+        compiled[prepared.grid](*args)
+    return compiled
+
+
+def _descriptor(
+    base: torch.Tensor, shape: Sequence[int], strides: Sequence[int], block_shape: Sequence[int], layout: Any
+) -> Any:
+    """What the copy engine is told of a tensor; without the class's checks, which take long, and which ``why_not`` did."""
+    descriptor = object.__new__(_gluon()[2])
+    descriptor.base = base
+    descriptor.shape = list(shape)
+    descriptor.strides = list(strides)
+    descriptor.block_shape = list(block_shape)
+    descriptor.layout = layout
+    descriptor.padding = "zero"
+    return descriptor
 
 
 def _kinds(coefficients: Coefficients) -> tuple[int, int, int, int]:
@@ -141,15 +185,6 @@ def _kinds(coefficients: Coefficients) -> tuple[int, int, int, int]:
         for tensor, there in zip(coefficients.tensors, coefficients.present, strict=True)
     )
     return scale, shift, lo, hi
-
-
-@functools.cache
-def _layouts(dtype: torch.dtype, channels: int, depth: int, box: tuple[int, int, int]) -> tuple[Any, Any]:
-    """Of the weight and of a comb of x in shared memory."""
-    _, gl, _ = _gluon()
-    element = getattr(gl, str(dtype).removeprefix("torch."))
-    layout = gl.NVMMASharedLayout.get_default_for
-    return layout([channels, depth], element), layout([box[0], 1, *box[1:], depth], element)
 
 
 @dataclass(frozen=True)

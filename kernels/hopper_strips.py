@@ -6,11 +6,10 @@ Everything is worked out from sizes, the dtype and a block's shared memory, with
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
-from fusion_backend.kernels.hopper_form import COMB, Form, shifts_along
+from fusion_backend.kernels.hopper_form import COMB, STRIP, Form, shifts_along
 from fusion_backend.kernels.phases import Axis
 from fusion_backend.kernels.problem import Problem
 from fusion_backend.kernels.rounding import cdiv
@@ -19,25 +18,28 @@ from fusion_backend.kernels.strips import along_d, block_k_of, three_sizes, turn
 
 @dataclass(frozen=True)
 class Config:
-    """Pixels of a strip and channels of a program; strips that are walked side by side, and how."""
+    """Channels of a program, and the strips that it walks side by side."""
 
-    pixels: int
     channels: int
     consumers: int  # warp groups, each with a strip
     slots: int  # rows of x in shared memory for each
     registers: int = 0  # of a consumer's thread; 0: what ``registers_for`` says
-    ahead: bool = False  # whether the next products run while a row is stored
+    overlap: int = 0  # 1: the next products run while a row is stored; 2: the last two rows' run together
+    burst: bool = False
+    modifier: str = ""
+    release: int = 0
 
 
 @dataclass(frozen=True)
 class March:
     """A configuration cut to a problem: strips in groups of ``consumers``, and ``rows`` steps of each group.
 
-    A program walks ``length`` of all these rows, past the end of one group into the next. ``box`` is a comb's extent:
+    A program walks ``length`` of all these rows, past the end of one group into the next. ``box`` is a strip's extent:
     images, rows along the other dimension, pixels; ``tiles`` counts strips along the other dimension and along W.
     """
 
     config: Config
+    flat: bool  # the other dimension has one row
     box: tuple[int, int, int]
     whole: bool  # all strips are full, and no phase is short
     tiles: tuple[int, int]
@@ -49,7 +51,7 @@ class March:
 
 # From much work a program to little.
 CONFIGS = tuple(
-    Config(pixels=64, channels=channels, consumers=2, slots=slots) for channels in (64, 32, 16) for slots in (2, 1)
+    Config(channels, consumers=2, slots=slots) for channels in (64, 32, 16) for slots in (2, 1)
 )
 
 # Of a multiprocessor, for each of as many threads as a warp group has, and of one thread.
@@ -100,9 +102,6 @@ def why_not(problem: Problem) -> str | None:
 def why_not_shape(problem: Problem, shape: Sequence[int], march: March) -> str | None:
     """The same for an x of ``shape``."""
     _, _, *sizes = shape
-    pair = march.config.pixels // COMB
-    if problem.x_last and sizes[-1] < pair:
-        return f"rows of {sizes[-1]} pixels are shorter than the {pair} that lie side by side in a thread"
     out_sizes = [axis.output_size(size) for axis, size in zip(problem.axes, three_sizes(sizes), strict=True)]
     elements = max(problem.C_in * math.prod(sizes), problem.C_out * math.prod(out_sizes)) * march.box[0]
     if elements >= MOST_ELEMENTS:
@@ -134,13 +133,11 @@ def march_for(
     axes, along = turned(problem, problem.axes), turned(problem, three_sizes(sizes))
     outputs = [axis.output_size(size) for axis, size in zip(axes, along, strict=True)]
     columns = (N, cdiv(outputs[1], axes[1].stride), cdiv(outputs[2], axes[2].stride))
-    pair = config.pixels // COMB
-    box = _box(columns, pair)
-    edges = (box[0], box[1], box[2] * pair)
-    tiles = [cdiv(size, edge) for size, edge in zip(columns, edges, strict=True)]
+    box = _box(columns)
+    tiles = [cdiv(size, edge) for size, edge in zip(columns, box, strict=True)]
     strips, tiles_c = math.prod(tiles), cdiv(problem.C_out, config.channels)
     whole = (
-        all(size % edge == 0 for size, edge in zip(columns, edges, strict=True))
+        all(size % edge == 0 for size, edge in zip(columns, box, strict=True))
         and all(output % axis.stride == 0 for axis, output in zip(axes[1:], outputs[1:], strict=True))
         and problem.C_out % config.channels == 0
         and strips % config.consumers == 0
@@ -149,23 +146,22 @@ def march_for(
     total = cdiv(strips, config.consumers) * rows
     if length is None:
         length = max(cdiv(total, max(processors // tiles_c, 1)), min(rows, LEAST_ROWS))
-    return March(config, box, whole, (tiles[1], tiles[2]), rows, total, length, (cdiv(total, length), tiles_c))
+    flat = along[1] == 1 and axes[1] == Axis()
+    return March(config, flat, box, whole, (tiles[1], tiles[2]), rows, total, length, (cdiv(total, length), tiles_c))
 
 
-def _box(columns: tuple[int, int, int], pair: int) -> tuple[int, int, int]:
-    """Images, rows and pixels of a comb, with few of them beyond the edges, and long runs along W."""
+def _box(columns: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Images, rows and pixels of a strip, with few of them beyond the edges, and long runs along W."""
 
     def cost(box: tuple[int, int, int]) -> float:
-        edges = (box[0], box[1], box[2] * pair)
-        covered = math.prod(cdiv(size, edge) * edge for size, edge in zip(columns, edges, strict=True))
-        return covered * (1 + 1 / (4 * box[2]))
+        covered = math.prod(cdiv(size, edge) * edge for size, edge in zip(columns, box, strict=True))
+        return covered * (1 + 1 / (2 * box[2]))
 
-    powers = [1 << bit for bit in range(COMB.bit_length())]
-    boxes = ((COMB // (m * w), m, w) for w in reversed(powers) for m in powers if m * w <= COMB)
+    powers = [1 << bit for bit in range(STRIP.bit_length())]
+    boxes = ((STRIP // (m * w), m, w) for w in reversed(powers[1:]) for m in powers if m * w <= STRIP)
     return min(boxes, key=cost)
 
 
-@lru_cache(maxsize=256)
 def form_for(problem: Problem, march: March, unit: int, kinds: tuple[int, int, int, int]) -> Form:
     """What is compiled in: W is counted in units of ``unit``; ``kinds`` are the coefficients', see ``Form``."""
     config = march.config
@@ -176,6 +172,7 @@ def form_for(problem: Problem, march: March, unit: int, kinds: tuple[int, int, i
         padding=(row.padding, middle.padding, column.padding),
         growth=(row.growth, middle.growth, column.growth),
         along_d=along_d(problem),
+        flat=march.flat,
         C_in=problem.C_in,
         C_out=problem.C_out,
         depth=block_k_of(problem),
@@ -186,12 +183,14 @@ def form_for(problem: Problem, march: March, unit: int, kinds: tuple[int, int, i
         out_last=problem.out_last,
         tf32=problem.tf32,
         kinds=kinds,
-        pixels=config.pixels,
         channels=config.channels,
         consumers=config.consumers,
         slots=config.slots,
         registers=config.registers or registers_for(problem, config),
-        ahead=config.ahead,
+        overlap=config.overlap,
+        burst=config.burst,
+        modifier=config.modifier,
+        release=config.release,
     )
 
 
@@ -199,7 +198,7 @@ def shared_memory(problem: Problem, config: Config) -> int:
     """Bytes: the weight, the rows of x, and small things."""
     depth = block_k_of(problem) * problem.dtype.itemsize
     taps = math.prod(axis.kernel for axis in problem.axes)
-    x = config.consumers * config.slots * _combs(problem, config) * COMB * depth
+    x = config.consumers * config.slots * _pixels(problem) * depth
     return taps * config.channels * depth + x + config.channels * COEFFICIENTS + BARRIERS
 
 
@@ -222,24 +221,26 @@ def _consumer_registers(problem: Problem, config: Config) -> int:
     """For accumulators, and for x at each of its shifts."""
     row, middle, column = turned(problem, problem.axes)
     carried = max(row.kernel - row.stride, 0) * middle.stride * column.stride
-    accumulators = max(carried, column.stride) + config.ahead * column.stride
+    accumulators = max(carried, column.stride)
+    if config.overlap:
+        accumulators += column.stride
     m, w = _shifts(problem)
-    x = m * w * config.pixels * block_k_of(problem) * problem.dtype.itemsize // 4
-    return (accumulators * config.pixels * config.channels + x) // 128
+    x = m * w * block_k_of(problem) * problem.dtype.itemsize // 4
+    return STRIP * (accumulators * config.channels + x) // 128
 
 
 def _producer_registers(problem: Problem, config: Config) -> int:
     """For a row of x of each consumer, where combs beyond whole pixels take a register a value, and for addresses."""
     depth = block_k_of(problem)
     m, w = _shifts(problem)
-    x = config.pixels * depth * problem.dtype.itemsize // 4 + (w - 1) * COMB * depth
+    x = STRIP * depth * problem.dtype.itemsize // 4 + (w - 1) * COMB * depth
     return (config.consumers * m * x + 64 * depth) // 128
 
 
-def _combs(problem: Problem, config: Config) -> int:
-    """Of x, in a step."""
+def _pixels(problem: Problem) -> int:
+    """Of x, in a step of a strip."""
     m, w = _shifts(problem)
-    return m * (w + config.pixels // COMB - 1)
+    return m * w * STRIP if problem.x_last else m * (w + 1) * COMB
 
 
 def _shifts(problem: Problem) -> tuple[int, int]:
