@@ -38,7 +38,7 @@ class Form:
     slots: int
     registers: int
     overlap: int
-    burst: bool
+    burst: int
     modifier: str
     release: int
 

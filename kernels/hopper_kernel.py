@@ -216,38 +216,43 @@ def _put_row(loaded, xs, at, FORM: gl.constexpr):
 def _turn(x_ptr, xs, full, empty, sizes, tiles, work, length, FORM: gl.constexpr):
     """Rows of a contiguous x, through registers: a row is loaded as soon as the one before it is out of them."""
     LOADS: gl.constexpr = _loads(FORM) * FORM.shifts[0]
+    ROWS: gl.constexpr = 2 if FORM.burst == 2 else 1
     begin, end, rows = work
     slot = 0
     phase = 1
     for group in range(begin // rows, (end + rows - 1) // rows):
         row_0, _, last = _begin(group, work, FORM)
         loaded = ()
-        for c in gl.static_range(_known(FORM.consumers)):
-            corner = _corner(group * FORM.consumers + c, tiles, FORM)
-            loaded = loaded + _load_row(x_ptr, corner, row_0, sizes, 0, 0, FORM)
-        for row in range(row_0, last):
+        for i in gl.static_range(FORM.consumers * ROWS):
+            corner = _corner(group * FORM.consumers + i // ROWS, tiles, FORM)
+            loaded = loaded + _load_row(x_ptr, corner, row_0 + i % ROWS, sizes, 0, 0, FORM)
+        for row in range(row_0, last, ROWS):
             next_loaded = ()
-            for c in gl.static_range(_known(FORM.consumers)):
-                corner = _corner(group * FORM.consumers + c, tiles, FORM)
-                at = c * FORM.slots + slot
-                mbarrier.wait(empty.index(at), phase)
-                _put_row(loaded[c * LOADS : (c + 1) * LOADS], xs, at, FORM)
-                mbarrier.arrive(full.index(at), count=1)
-                if not FORM.burst:
-                    z = (row + c + length) >> 28
-                    z_2 = (row + c + FORM.consumers + length) >> 28
-                    next_loaded = next_loaded + _load_row(x_ptr, corner, row + 1, sizes, z, z_2, FORM)
-            for c in gl.static_range(_known(FORM.consumers if FORM.burst else 0)):
-                corner = _corner(group * FORM.consumers + c, tiles, FORM)
-                # Another zero for each, so that nothing is kept from one to the next.
-                z = (row + c + length) >> 28
-                z_2 = (row + c + FORM.consumers + length) >> 28
-                next_loaded = next_loaded + _load_row(x_ptr, corner, row + 1, sizes, z, z_2, FORM)
+            for i in gl.static_range(ROWS):
+                if ROWS == 1 or row + i < last:
+                    for c in gl.static_range(_known(FORM.consumers)):
+                        at = c * FORM.slots + slot
+                        mbarrier.wait(empty.index(at), phase)
+                        _put_row(loaded[(c * ROWS + i) * LOADS : (c * ROWS + i + 1) * LOADS], xs, at, FORM)
+                        mbarrier.arrive(full.index(at), count=1)
+                        if FORM.burst == 0:
+                            corner = _corner(group * FORM.consumers + c, tiles, FORM)
+                            z = (row + c + length) >> 28
+                            z_2 = (row + c + FORM.consumers + length) >> 28
+                            next_loaded = next_loaded + _load_row(x_ptr, corner, row + 1, sizes, z, z_2, FORM)
+                    slot += 1
+                    if slot == FORM.slots:
+                        slot = 0
+                        phase ^= 1
+            if FORM.burst > 0:
+                for i in gl.static_range(FORM.consumers * ROWS):
+                    corner = _corner(group * FORM.consumers + i // ROWS, tiles, FORM)
+                    # Another zero for each, so that nothing is kept from one to the next.
+                    z = (row + i + length) >> 28
+                    z_2 = (row + i + FORM.consumers * ROWS + length) >> 28
+                    x = _load_row(x_ptr, corner, row + (ROWS + i % ROWS), sizes, z, z_2, FORM)
+                    next_loaded = next_loaded + x
             loaded = next_loaded
-            slot += 1
-            if slot == FORM.slots:
-                slot = 0
-                phase ^= 1
 
 
 @gluon.jit

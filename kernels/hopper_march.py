@@ -3,8 +3,8 @@
 The equation and the march are those of ``row_march``. A program keeps a tile of the weight, [taps, channels, C_in], in
 shared memory and walks down rows of strips with three or more warp groups:
 
-    producer     fetches each row of x once for each comb of pixels (see ``hopper_form``): for a channels_last x by the
-                 copy engine, while a contiguous one is loaded into registers, a row ahead, and turned on its way
+    producer     fetches rows of x, a channels_last one by the copy engine, once for each shift; a contiguous one goes
+                 through registers, a row ahead, and is turned on its way (see ``hopper_form``)
     consumers    each walk a strip of their own. x is the left operand of their products, from registers, where float32
                  is rounded to TF32; the accumulators are [pixels, channels] and go from registers to memory, 16 bytes a
                  thread: contiguous, since a thread holds neighbouring pixels and all phases of a row; channels_last,
@@ -30,7 +30,7 @@ from fusion_backend.kernels import conv_transpose, hopper_strips
 from fusion_backend.kernels.arguments import axes_for, check_inputs
 from fusion_backend.kernels.coefficients import Coefficients, Tensors, check_coefficients, coefficients_for
 from fusion_backend.kernels.hopper_form import Form
-from fusion_backend.kernels.hopper_strips import Config, March, choose_march, form_for, why_not_shape
+from fusion_backend.kernels.hopper_strips import Config, March, configs_for, form_for, march_for, why_not_shape
 from fusion_backend.kernels.launching import unit_of
 from fusion_backend.kernels.layout import empty, is_channels_last
 from fusion_backend.kernels.problem import Problem, problem_for
@@ -168,7 +168,7 @@ def launch(
 def _descriptor(
     base: torch.Tensor, shape: Sequence[int], strides: Sequence[int], block_shape: Sequence[int], layout: Any
 ) -> Any:
-    """What the copy engine is told of a tensor; without the class's checks, which take long, and which ``why_not`` did."""
+    """What the copy engine is told of a tensor; without the checks of the class, which take long."""
     descriptor = object.__new__(_gluon()[2])
     descriptor.base = base
     descriptor.shape = list(shape)
@@ -188,8 +188,8 @@ def _kinds(coefficients: Coefficients) -> tuple[int, int, int, int]:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a call works out from everything but the values: kept, since a small site takes less time than that."""
+class Call:
+    """What a call works out from everything but values, kept because a small site takes less time than that."""
 
     shape: tuple[int, ...]
     out_last: bool
@@ -197,47 +197,56 @@ class Plan:
     march: March
 
 
-# For each kind of call a plan, or None where ``conv_transpose`` takes it.
-_plans: dict[Any, Plan | None] = {}
-MOST_PLANS = 1024
+# For each kind of call; None where ``conv_transpose`` takes it.
+_calls: dict[Any, Call | None] = {}
+MOST_CALLS = 1024
 
 # Why Gluon is given up for the rest of the process.
 _broken: list[str] = []
 
 
-def _plan(
-    x: torch.Tensor, weight: torch.Tensor, axes_of: tuple[Any, ...], groups: int, out_last: bool, allow_tf32: bool
-) -> Plan | None:
+def _call(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    axes_of: tuple[Any, ...],
+    groups: int,
+    out_last: bool,
+    allow_tf32: bool,
+    plan: str | None,
+) -> Call | None:
     """None where the march does not take it. Raises as ``conv_transpose`` does."""
     check_inputs(x, weight, groups)
     axes = axes_for(x.dim() - 2, weight.shape[2:], *axes_of)
     sizes = [axis.output_size(size) for axis, size in zip(axes, x.shape[2:], strict=True)]
-    if x.device.type != "cuda" or torch.version.hip is not None or min(sizes) < 1:
-        return None
-    if torch.cuda.get_device_capability(x.device)[0] != HOPPER:
+    if not is_hopper(x.device) or min(sizes) < 1:
         return None
     problem = problem_for(x, weight, axes, groups, out_last, allow_tf32)
     reason = why_not(problem)
     if reason is None:
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-        march = choose_march(problem, x.shape, processors)
+        march = march_for(problem, x.shape, _config(problem, plan), processors)
         reason = why_not_shape(problem, x.shape, march)
     if reason is not None:
         log.debug("not for the march on Hopper: %s", reason)
         return None
-    return Plan((x.shape[0], problem.C_out, *sizes), out_last, problem, march)
+    return Call((x.shape[0], problem.C_out, *sizes), out_last, problem, march)
 
 
-def _planned(
-    x: torch.Tensor, weight: torch.Tensor, axes_of: tuple[Any, ...], groups: int, out_last: bool, allow_tf32: bool
-) -> Plan | None:
-    tensors = (x.shape, x.dtype, x.device, is_channels_last(x), weight.shape, weight.dtype, weight.device)
-    key = (*tensors, axes_of, groups, out_last, allow_tf32)
-    if key not in _plans:
-        if len(_plans) == MOST_PLANS:
-            _plans.clear()
-        _plans[key] = _plan(x, weight, axes_of, groups, out_last, allow_tf32)
-    return _plans[key]
+def is_hopper(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == HOPPER
+
+
+def _config(problem: Problem, plan: str | None) -> Config:
+    configs = configs_for(problem)
+    if plan is None:
+        return configs[0]
+    named = next((config for config in configs if config.name == plan), None)
+    if named is None:
+        known = [config.name for config in configs]
+        raise ValueError(f"plan is {plan!r}; allowed for this convolution are {known}")
+    return named
 
 
 def _give_up(raised: Exception) -> None:
@@ -265,27 +274,37 @@ def conv_transpose_hopper(
     hi_number: float | None = None,
     channels_last: bool | None = None,
     allow_tf32: bool = True,
+    plan: str | None = None,
+    packed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What ``conv_transpose`` computes, by the march where the GPU is a Hopper and the march takes it.
 
-    Arguments, result and errors are those of ``conv_transpose``. The weight is packed once, see ``packed``.
+    Arguments, result and errors are those of ``conv_transpose``, but ``plan`` is the name of one of ``configs_for``,
+    and ``packed`` what ``pack`` returns for it, or for the first of them. Where ``conv_transpose`` takes over, it
+    chooses and packs by itself.
     """
     tensors: Tensors = (scale, shift, lo, hi)
     numbers = (scale_number, shift_number, lo_number, hi_number)
-    if is_channels_last(x) is None:
-        x = x.clone(memory_format=torch.contiguous_format)
-    x_last = bool(is_channels_last(x))
+    x_last = is_channels_last(x)
+    if x_last is None:
+        x, x_last = x.clone(memory_format=torch.contiguous_format), False
     out_last = x_last if channels_last is None else channels_last
     axes_of = tuple(tuple(sizes) for sizes in (stride, padding, output_padding, dilation))
-    plan = None if _broken else _planned(x, weight, axes_of, groups, out_last, allow_tf32)
-    if plan is not None and not (x_last and x.data_ptr() % hopper_strips.COPY_BYTES):
-        check_coefficients(plan.problem.C_out, x.device, tensors)
-        out = empty(plan.shape, x, out_last)
+    given = (x.shape, x.dtype, x.device, x_last, weight.shape, weight.dtype, weight.device)
+    key = (*given, axes_of, groups, out_last, allow_tf32, plan)
+    if key not in _calls:
+        if len(_calls) == MOST_CALLS:
+            _calls.clear()
+        _calls[key] = _call(x, weight, axes_of, groups, out_last, allow_tf32, plan)
+    call = None if _broken else _calls[key]
+    if call is not None and not (x_last and x.data_ptr() % hopper_strips.COPY_BYTES):
+        check_coefficients(call.problem.C_out, x.device, tensors)
+        out = empty(call.shape, x, out_last)
         coefficients = coefficients_for(out, tensors, numbers)
-        key = (plan.problem.tf32, out_last, plan.march.config.channels)
-        packed = packed_weights.get(weight, key, lambda: pack(weight, plan.problem, plan.march.config))
+        if packed is None:
+            packed = pack(weight, call.problem, call.march.config)
         try:
-            launch(out, x, packed, plan.problem, plan.march, coefficients)
+            launch(out, x, packed, call.problem, call.march, coefficients)
         except Exception as raised:  # an experimental interface: anything may have changed
             _give_up(raised)
         else:
@@ -316,6 +335,8 @@ def _(
     hi_number: float | None = None,
     channels_last: bool | None = None,
     allow_tf32: bool = True,
+    plan: str | None = None,
+    packed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     check_inputs(x, weight, groups)
     C_out = weight.shape[1] * groups

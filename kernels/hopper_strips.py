@@ -25,9 +25,14 @@ class Config:
     slots: int  # rows of x in shared memory for each
     registers: int = 0  # of a consumer's thread; 0: what ``registers_for`` says
     overlap: int = 0  # 1: the next products run while a row is stored; 2: the last two rows' run together
-    burst: bool = False
+    burst: int = 0
     modifier: str = ""
     release: int = 0
+
+    @property
+    def name(self) -> str:
+        """For example "hopper 64, 2 consumers, 1 slots"."""
+        return f"hopper {self.channels}, {self.consumers} consumers, {self.slots} slots"
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,7 @@ class March:
 
 
 # From much work a program to little.
-CONFIGS = tuple(
-    Config(channels, consumers=2, slots=slots) for channels in (64, 32, 16) for slots in (2, 1)
-)
+CONFIGS = tuple(Config(channels, consumers=2, slots=slots) for channels in (64, 32, 16) for slots in (2, 1))
 
 # Of a multiprocessor, for each of as many threads as a warp group has, and of one thread.
 ALL_REGISTERS = 504
@@ -118,11 +121,6 @@ def configs_for(problem: Problem) -> tuple[Config, ...]:
         and shared_memory(problem, config) <= problem.shared_limit
         and (config.channels == 16 or config.channels < 2 * problem.C_out)
     )
-
-
-def choose_march(problem: Problem, shape: Sequence[int], processors: int) -> March:
-    """For an x of ``shape`` on so many multiprocessors: the first that fits."""
-    return march_for(problem, shape, configs_for(problem)[0], processors)
 
 
 def march_for(

@@ -96,8 +96,9 @@ def test_every_combination_along_one_dimension(pixels: int) -> None:
     for conv in every_combination():
         form = form_of(conv, pixels)
         assert form.pair == pixels // COMB
-        x, weight = torch.randn(conv.x, dtype=torch.float64), torch.randn(
-            conv.x[1], conv.C_out, *(axis.kernel for axis in conv.axes), dtype=torch.float64
+        x, weight = (
+            torch.randn(conv.x, dtype=torch.float64),
+            torch.randn(conv.x[1], conv.C_out, *(axis.kernel for axis in conv.axes), dtype=torch.float64),
         )
         y = marched(conv, form, x, weight)
         options = zip(*((axis.stride, axis.padding, axis.output_padding) for axis in conv.axes), strict=True)
