@@ -256,14 +256,13 @@ def prepare(case: Case, dtype: torch.dtype, last: bool, plans: str, inductor: tu
         row = Row(case, dtype, last)
         row.prepare(plans, inductor)
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
     _PREPARED[case, dtype, last] = row
 
 
 def measure(case: Case, dtype: torch.dtype, last: bool, seconds: float) -> dict[str, dict[str, object]]:
     with torch.no_grad():
-        columns = _PREPARED.pop((case, dtype, last)).measure(seconds)
-    torch.cuda.empty_cache()
-    return columns
+        return _PREPARED.pop((case, dtype, last)).measure(seconds)
 
 
 def launched_directly() -> contextlib.ExitStack:
