@@ -23,7 +23,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +141,7 @@ class Row:
         Those are the marches, where there are any, and the general kernel's with x as it is and turned, where not.
         """
         everything = [] if plans == "chosen" else list(plans_for(self.problem))
-        marches = [plan for plan in everything if plan.is_march and not plan.turned]
+        marches = [plan for plan in everything if plan.is_march]
         return marches if plans == "likely" and marches else everything
 
     def contenders(self, plans: str, inductor: tuple[str, ...]) -> dict[str, Callable[[], Tensor]]:
@@ -256,14 +256,26 @@ def prepare(case: Case, dtype: torch.dtype, last: bool, plans: str, inductor: tu
         row = Row(case, dtype, last)
         row.prepare(plans, inductor)
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
     _PREPARED[case, dtype, last] = row
 
 
 def measure(case: Case, dtype: torch.dtype, last: bool, seconds: float) -> dict[str, dict[str, object]]:
     with torch.no_grad():
-        columns = _PREPARED.pop((case, dtype, last)).measure(seconds)
-    torch.cuda.empty_cache()
-    return columns
+        return _PREPARED.pop((case, dtype, last)).measure(seconds)
+
+
+def parts(todo: list[tuple[Case, torch.dtype, bool]]) -> Iterator[list[tuple[Case, torch.dtype, bool]]]:
+    """As many rows at once as fit in the GPU's memory, with about ten tensors of the output's size for each."""
+    part, taken, most = [], 0, torch.cuda.mem_get_info()[1] // 2
+    for case, dtype, last in todo:
+        size = 10 * math.prod(case.y) * dtype.itemsize
+        if part and taken + size > most:
+            yield part
+            part, taken = [], 0
+        part.append((case, dtype, last))
+        taken += size
+    yield part
 
 
 def launched_directly() -> contextlib.ExitStack:
@@ -305,25 +317,24 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         context = multiprocessing.get_context("spawn")
         processes = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(workers)]
-        assigned = [(processes[i % workers], each) for i, each in enumerate(todo)]
-        for task in [process.submit(prepare, *each, args.plans, args.inductor) for process, each in assigned]:
-            task.result()
-        print(f"{len(todo)} rows prepared in {time.monotonic() - start:.0f} s", flush=True)
-        for process, (case, dtype, last) in assigned:
-            if time.monotonic() - start > args.budget:
-                print(
-                    f"\nthe budget of {args.budget:.0f} s is spent: {out} lacks what follows from {case.name} {dtype}"
-                )
-                break
-            columns = process.submit(measure, case, dtype, last, args.seconds).result()
-            layout = "channels_last" if last else "contiguous"
-            show(f"{case.name} {str(dtype).removeprefix('torch.')} {layout}", columns)
-            sizes = (case.kernel, case.stride, case.padding, case.output_padding)
-            described = {"case": case.name, "x": case.x, "y": case.y, "kernel_stride_padding": sizes}
-            described |= {"dtype": str(dtype).removeprefix("torch."), "memory_format": layout}
-            data["rows"].append(described | {"contenders": columns})
-            data["seconds"] = round(time.monotonic() - start, 1)
-            out.write_text(json.dumps(data, indent=1) + "\n")
+        for part in parts(todo):
+            assigned = [(processes[i % workers], each) for i, each in enumerate(part)]
+            for task in [process.submit(prepare, *each, args.plans, args.inductor) for process, each in assigned]:
+                task.result()
+            print(f"\n{len(part)} rows prepared at {time.monotonic() - start:.0f} s", flush=True)
+            for process, (case, dtype, last) in assigned:
+                if time.monotonic() - start > args.budget:
+                    print(f"the budget of {args.budget:.0f} s is spent: {case.name} {dtype} is not measured")
+                    continue
+                columns = process.submit(measure, case, dtype, last, args.seconds).result()
+                layout = "channels_last" if last else "contiguous"
+                show(f"{case.name} {str(dtype).removeprefix('torch.')} {layout}", columns)
+                sizes = (case.kernel, case.stride, case.padding, case.output_padding)
+                described = {"case": case.name, "x": case.x, "y": case.y, "kernel_stride_padding": sizes}
+                described |= {"dtype": str(dtype).removeprefix("torch."), "memory_format": layout}
+                data["rows"].append(described | {"contenders": columns})
+                data["seconds"] = round(time.monotonic() - start, 1)
+                out.write_text(json.dumps(data, indent=1) + "\n")
     bad = [
         (row["case"], row["dtype"], row["memory_format"], name)
         for row in data["rows"]

@@ -1,17 +1,25 @@
 """Which implementation a site gets, and why.
 
-``auto`` takes a kernel of ours only where a measurement shows it to be faster than Inductor. There is none yet: the
-epilogue kernel moves the same bytes as the pointwise kernel that Inductor makes of the tail, and the fused kernel has
-not been timed. So ``auto`` leaves every site to Inductor, with the tail folded.
+``auto`` takes a kernel of ours only where measurements on the same kind of GPU show it to be faster than Inductor: the
+fused kernel, by the plan that was fastest at the most similar measured convolution (``evidence``). Everywhere else it
+leaves the site to Inductor, with the tail folded. The epilogue kernel moves the same bytes as the pointwise kernel that
+Inductor makes of the tail, and is as fast, so ``auto`` never takes that.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fusion_backend.evidence import LEAST_SPEEDUP, Prediction, gpu_name, predict
+from fusion_backend.kernels.arguments import axes_for
+from fusion_backend.kernels.problem import Problem, problem_for
+from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.support import why_unsupported
 from fusion_backend.patterns.coefficient import is_infinite, leaves
 from fusion_backend.patterns.gradient import Gate
@@ -31,6 +39,7 @@ class Choice:
     kernel: str | None
     why: str
     training: bool = False
+    plan: str | None = None  # of the fused kernel: the name of a measured one, or None for the operator's own rule
 
     @property
     def uses_operator(self) -> bool:
@@ -48,17 +57,74 @@ def choose(site: Site, requested: str, functions: frozenset[str] = frozenset()) 
     transform = next((name for name in _TRANSFORMS if name in functions), None)
     problem = f"it has no rule for {_TRANSFORMS[transform]}" if transform else None
     saves = trains and not problem and not why_no_bits(site) and site.convolution.value.device.type == "cpu"
-    if requested in ("auto", "inductor"):
-        why = "asked for" if requested == "inductor" else "no kernel here is measured to be faster than Inductor's own"
-        return _inductor(site, why, saves)
+    if requested == "inductor":
+        return _inductor(site, "asked for", saves)
     problem = problem or why_no_kernel(site)
     if trains and not problem and any(leaf.learned for leaf in leaves(site.form.scale)):
         problem = LEARNED_SCALE
-    if not problem and (requested == "fused" or trains) and site.convolution.weight is None:
+    if not problem and (requested != "epilogue" or trains) and site.convolution.weight is None:
         problem = "the convolution is a module call, which keeps its weight to itself"
+    if requested == "auto":
+        return _auto(site, problem, trains, saves)
     if problem:
         return _inductor(site, f"the {requested} kernel cannot run: {problem}", saves)
-    return Choice(requested, "asked for", training=trains)
+    plan = measured_plan(site) if requested == "fused" and not trains else None
+    return Choice(requested, "asked for", trains, plan.plan if isinstance(plan, Prediction) else None)
+
+
+def _auto(site: Site, problem: str | None, trains: bool, saves: bool) -> Choice:
+    if problem:
+        return _inductor(site, f"no kernel of ours can run: {problem}", saves)
+    if trains:
+        return _inductor(site, "no kernel of ours is measured to be faster in training", saves)
+    found = measured_plan(site)
+    if isinstance(found, str):
+        return _inductor(site, found, saves)
+    faster = f"{found.speedup:.2f} times the speed of Inductor at the most similar measured case, {found.case}"
+    if found.speedup < LEAST_SPEEDUP:
+        return _inductor(site, f"the fused kernel is predicted to have {faster}", saves)
+    return Choice("fused", f"predicted to have {faster}, by {found.plan}", plan=found.plan)
+
+
+def measured_plan(site: Site) -> Prediction | str:
+    """What the measurements on this site's GPU say of it, or why they say nothing."""
+    found = problem_of(site)
+    if found is None:
+        return "its sizes are not known even roughly"
+    problem, shape = found
+    return predict(problem, shape, gpu_name(site.convolution.value.device))
+
+
+def problem_of(site: Site) -> tuple[Problem, tuple[int, ...]] | None:
+    """The convolution as kernels see it, and x's shape. What varies is as in this call; None where that is unknown."""
+    convolution = site.convolution
+    x, weight = (value_of(node) for node in (convolution.x, convolution.weight) if node is not None)
+    dtype = convolution.value.dtype
+    hints = [hint_of(size) for size in x.shape]
+    shape = tuple(hint for hint in hints if hint is not None)
+    if len(shape) < len(hints) or not all(isinstance(size, int) for size in weight.shape):
+        return None
+    sizes = (convolution.stride, convolution.padding, convolution.output_padding or (0,), convolution.dilation)
+    axes = axes_for(convolution.rank, weight.shape[2:], *sizes)
+    last, allow_tf32 = layout_of(convolution.value)
+    problem = problem_for(x.to(dtype), weight, axes, convolution.groups, bool(last), allow_tf32)
+    spans = (cdiv(axis.output_size(size), axis.stride) for axis, size in zip(axes, shape[2:], strict=True))
+    return replace(problem, positions=shape[0] * math.prod(spans)), shape
+
+
+def hint_of(size: Any) -> int | None:
+    """A size, or where it varies, what it is in the call that is compiled."""
+    if isinstance(size, int):
+        return size
+    return size.node.hint if size.node.has_hint() else None
+
+
+def layout_of(value: Any) -> tuple[bool | None, bool]:
+    """Of a convolution's output: ``channels_last``, as eager's convolution has it (None, as the input has it, where
+    strides are not recorded), and ``allow_tf32``, as the user has it."""
+    stride = getattr(value, "stride", None)
+    is_last = value.shape[1] != 1 and bool(statically_known_true(stride(1) == 1)) if callable(stride) else None
+    return is_last, torch.backends.cudnn.allow_tf32
 
 
 # Which of Dynamo's calls begin a transform that our operators have no rule for.

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.proxy import GraphAppendingTracer
 
+from fusion_backend.choice import layout_of
 from fusion_backend.patterns import coefficient as co
 from fusion_backend.patterns.algebra import NormalForm
 from fusion_backend.patterns.coefficient import Coefficient, Leaf
@@ -50,13 +50,17 @@ def use_epilogue(site: Site) -> bool:
     return True
 
 
-def use_fused(site: Site) -> bool:
-    """Replace convolution, bias and tail by the operator ``fused_post::conv_transpose``."""
+def use_fused(site: Site, plan: str | None = None, packed: fx.Node | None = None) -> bool:
+    """Replace convolution, bias and tail by the operator ``fused_post::conv_transpose``.
+
+    ``plan`` is the operator's, and so is ``packed``, the weight packed for it.
+    """
     from fusion_backend.kernels import conv_transpose  # noqa: F401  the import registers the operator, and needs triton
 
     readers = _readers(site)
     with _inserting(site):
-        y = _call(site, torch.ops.fused_post.conv_transpose.default, *_layout(site))
+        layout = layout_of(site.convolution.value)
+        y = _call(site, torch.ops.fused_post.conv_transpose.default, *layout, plan, packed)
     _replace(site, readers, y)
     site.convolution.node.graph.erase_node(site.convolution.node)
     return True
@@ -72,7 +76,7 @@ def use_training(site: Site, fused: bool, leave_bias: bool) -> bool:
     gate, readers = site.gate, _readers(site)
     assert gate is not None
     with _inserting(site):
-        flags = (gate.lo_open, gate.hi_open, gate.passes_nan, fused, *_layout(site))
+        flags = (gate.lo_open, gate.hi_open, gate.passes_nan, fused, *layout_of(site.convolution.value))
         both = _call(site, torch.ops.fused_post.conv_transpose_training.default, *flags, leave_bias=leave_bias)
         y = both.graph.call_function(operator.getitem, (both, 0))
     _replace(site, readers, y)
@@ -128,15 +132,6 @@ def _as(dtype: torch.dtype, node: fx.Node) -> fx.Node:
     """``node`` in ``dtype``: under autocast the convolution casts its inputs."""
     known = value_of(node)
     return node if known is None or known.dtype == dtype else node.graph.call_method("to", (node, dtype))
-
-
-def _layout(site: Site) -> tuple[bool | None, bool]:
-    """``channels_last``, as eager's convolution has it (None, as the input has it, where strides are not recorded), and
-    ``allow_tf32``, as the user has it."""
-    value = site.convolution.value
-    stride = getattr(value, "stride", None)
-    is_last = value.shape[1] != 1 and bool(statically_known_true(stride(1) == 1)) if callable(stride) else None
-    return is_last, torch.backends.cudnn.allow_tf32
 
 
 def _folded(site: Site) -> fx.Proxy:

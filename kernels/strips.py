@@ -1,8 +1,8 @@
 """How a row march is cut into strips, segments and programs: what it takes, its configurations, and which is chosen.
 
 Everything is worked out from sizes, the dtype and a block's shared memory, without a GPU and without triton. The limits
-on shared memory and registers are where compilers were seen to spill, the order and the choice are guesses; both wait
-for measurements.
+on shared memory and registers are where compilers were seen to spill; the choice is read off measurements on an H200,
+benchmarks/results/conv_transpose-nvidia-h200.json.
 """
 
 import math
@@ -29,7 +29,7 @@ class Config:
     num_stages: int
 
 
-# From much work a program to little. The order, and the choice below, are guesses until they are measured.
+# From much work a program to little, and from many rows of x in flight to few.
 CONFIGS = (
     Config(64, 64, 4, 3),
     Config(64, 64, 4, 2),
@@ -56,9 +56,6 @@ LITTLE_SHARED_MEMORY = 64 * 1024
 
 # Of tensor memory, for a step's accumulators of 64 pixels. What does not fit there is compiled to a trap.
 TENSOR_COLUMNS = 384
-
-# Warps that a multiprocessor should have, to compute while others wait or store.
-ENOUGH_WARPS = 8
 
 # A segment of fewer rows spends too much on its halo and on the weight.
 LEAST_ROWS = 8
@@ -111,17 +108,23 @@ def configs_for(problem: Problem) -> tuple[Config, ...]:
 
 
 def choose_march(problem: Problem, shape: Sequence[int]) -> March:
-    """For an x of ``shape``: the first that keeps all multiprocessors busy, else the last that fits.
+    """For an x of ``shape``: the widest of those that keep all multiprocessors busy, else the narrowest.
 
-    Busy are those with two blocks of four warps, or one of eight, rather than with one of four.
+    Three rows of x in flight, if that fits; but two where that lets a multiprocessor hold two blocks of float32, and
+    there are as many.
     """
     fitting = configs_for(problem)
-    busy = tuple(config for config in fitting if _resident_warps(problem, config) >= ENOUGH_WARPS)
-    for config in (*busy, *fitting):
-        march = march_for(problem, shape, config)
-        if guard_or_true(march.programs >= ENOUGH_PROGRAMS // 2):
-            return march
-    return march_for(problem, shape, fitting[-1])
+    for channels in sorted({config.channels for config in fitting}, reverse=True):
+        deep, *shallow = (config for config in fitting if config.channels == channels)
+        march = march_for(problem, shape, deep)
+        if not guard_or_true(march.programs >= ENOUGH_PROGRAMS // 2):
+            continue
+        paired = [config for config in shallow if _resident_warps(problem, config) > _resident_warps(problem, deep)]
+        if paired and problem.dtype.itemsize == 4 and guard_or_true(march.programs >= ENOUGH_PROGRAMS):
+            return march_for(problem, shape, paired[0])
+        return march
+    narrowest = min(config.channels for config in fitting)
+    return march_for(problem, shape, next(config for config in fitting if config.channels == narrowest))
 
 
 def march_for(problem: Problem, shape: Sequence[int], config: Config, segments: int | None = None) -> March:

@@ -123,7 +123,7 @@ def test_an_operator_goes_through_inductor(
     model, x = Model(TAILS[name], dtype=dtype), torch.randn(2, 4, 5, 7, dtype=dtype)
     seen: list[Any] = []
     fuse = backend.fuse
-    monkeypatch.setattr(backend, "fuse", lambda gm, options: seen.append(fuse(gm, options)) or seen[-1])
+    monkeypatch.setattr(backend, "fuse", lambda *args: seen.append(fuse(*args)) or seen[-1])
     with torch.no_grad():
         options = {"fused_post.strict": True, "fused_post.kernel": kernel}
         compiled = torch.compile(model, backend=fused_post, options=options)
@@ -141,11 +141,12 @@ def test_the_fused_operator_takes_convolution_bias_and_tail() -> None:
         gm.recompile()
     assert not {"conv_transpose2d", "clamp", "mul", "truediv"} & set(targets(gm))
     (fused,) = [node for node in gm.graph.nodes if node.target is torch.ops.fused_post.conv_transpose.default]
-    x, weight, *sizes, groups, scale, shift, lo, hi, a, b, low, high, channels_last, _ = fused.args
+    x, weight, *sizes, groups, scale, shift, lo, hi, a, b, low, high, channels_last, _, plan, packed = fused.args
     assert sizes == [[2, 2], [1, 1], [1, 1], [1, 1]] and groups == 1
     assert (scale, lo, hi) == (None, None, None) and isinstance(shift, fx.Node)
     assert (a, b, low, high) == (1.0, 0.0, 0.0, 0.5) and channels_last is False
     assert all(node.op == "placeholder" for node in (x, weight))
+    assert plan is packed is None
 
 
 @pytest.mark.parametrize("leave_bias", [False, True])

@@ -277,15 +277,15 @@ FEW, FEWEST = replace(SEED, x=(8, 64, 128, 128)), replace(SEED, x=(1, 64, 128, 1
 @pytest.mark.parametrize(
     ("conv", "dtype", "last", "limit", "config", "segments"),
     [
-        (SEED, torch.bfloat16, True, HOPPER, Config(64, 64, 4, 2), 1),
+        (SEED, torch.bfloat16, True, HOPPER, Config(64, 64, 4, 3), 1),
         (SEED, torch.bfloat16, False, HOPPER, Config(64, 64, 4, 3), 1),
         (SEED, torch.float32, True, HOPPER, Config(64, 32, 4, 2), 1),
         (SEED, torch.float32, False, HOPPER, Config(64, 32, 4, 2), 1),
-        (SEED, torch.bfloat16, True, ADA, Config(128, 32, 8, 2), 1),
+        (SEED, torch.bfloat16, True, ADA, Config(64, 32, 4, 3), 1),
         (SEED, torch.float32, True, ADA, Config(64, 16, 4, 2), 1),
         (PUBLIC["unet_up2"], torch.bfloat16, True, HOPPER, Config(64, 32, 4, 3), 16),
-        (FEW, torch.bfloat16, True, HOPPER, Config(64, 64, 4, 2), 15),
-        (FEWEST, torch.bfloat16, True, HOPPER, Config(64, 16, 4, 2), 15),
+        (FEW, torch.bfloat16, True, HOPPER, Config(64, 64, 4, 3), 15),
+        (FEWEST, torch.bfloat16, True, HOPPER, Config(64, 16, 4, 3), 15),
     ],
 )
 def test_what_is_chosen(conv: Conv, dtype: torch.dtype, last: bool, limit: int, config: Config, segments: int) -> None:

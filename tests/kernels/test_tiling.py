@@ -125,12 +125,12 @@ def test_configurations_go_from_much_work_to_little() -> None:
         # The seed, channels_last: a phase a program.
         ({}, Config(128, 64, 128, 4, 3), 1, (1, 1, 1), 64),
         # Contiguous: both column phases, an accumulator each.
-        ({"x_last": False, "out_last": False}, Config(128, 128, 128, 8, 3), 2, (1, 1, 1), 64),
+        ({"x_last": False, "out_last": False}, Config(64, 128, 128, 4, 3), 2, (1, 1, 1), 64),
         # kernel == stride: all phases in one product.
         ({"axes": (POINT, K2S2, K2S2)}, Config(128, 256, 128, 8, 4), 1, (1, 2, 2), 64),
         ({"axes": (POINT, K2S2, K2S2), "shared_limit": 99 * KIB}, Config(128, 128, 128, 8, 3), 1, (1, 1, 2), 64),
         # Half of the eight phases share their inputs; the store takes all eight.
-        ({"axes": (POINT, POINT, Axis(16, 8, 4)), "out_last": False}, Config(128, 256, 128, 8, 4), 2, (1, 1, 4), 32),
+        ({"axes": (POINT, POINT, Axis(16, 8, 4)), "out_last": False}, Config(64, 128, 128, 4, 3), 2, (1, 1, 4), 16),
         # Depthwise.
         ({"C_in": 1, "C_out": 1, "groups": 64}, Config(32, 64, 0, 4, 1), 1, (1, 1, 1), 64),
     ],

@@ -1,0 +1,183 @@
+"""Weights that are packed outside the graph: once, anew when they change, and no longer than they live."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+
+from fusion_backend import backend, choice, evidence, explain, fused_post
+from fusion_backend.kernels import problem
+from fusion_backend.packing import PackedInputs, PackedWeights
+
+OPTIONS = {"fused_post.strict": True}
+
+
+class Counted:
+    """Packs by negation, and counts."""
+
+    def __init__(self) -> None:
+        self.packed = 0
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        self.packed += 1
+        return -weight.detach()
+
+
+def test_a_weight_is_packed_once_and_anew_where_it_changed() -> None:
+    pack, weight = Counted(), nn.Parameter(torch.randn(3))
+    weights = PackedWeights(0, pack)
+    assert weights(weight) is weights(weight) and pack.packed == 1
+    with torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(weights(weight), -weight) and pack.packed == 2
+    weight.data = torch.randn(3)
+    assert torch.equal(weights(weight), -weight) and pack.packed == 3
+    assert torch.equal(weights(weight), -weight) and pack.packed == 3
+
+
+def test_each_of_several_weights_is_kept_as_long_as_it_lives() -> None:
+    pack, first, second = Counted(), nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+    weights = PackedWeights(0, pack)
+    for _ in range(3):
+        assert torch.equal(weights(first), -first) and torch.equal(weights(second), -second)
+    assert pack.packed == 2 and weights.nbytes == 24
+    del first
+    gc.collect()
+    assert weights.nbytes == 12
+    assert torch.equal(weights(second), -second) and pack.packed == 2
+
+
+def test_a_tensor_that_counts_no_versions_is_packed_each_time() -> None:
+    pack = Counted()
+    with torch.inference_mode():
+        weight, weights = torch.randn(3), PackedWeights(0, pack)
+        assert torch.equal(weights(weight), -weight)
+        weight.mul_(2)
+        assert torch.equal(weights(weight), -weight) and pack.packed == 2 and weights.nbytes == 0
+
+
+@pytest.fixture
+def on_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is made as on an H200, whose measurements ship with us; operators compute their references."""
+    monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
+    monkeypatch.setattr(choice, "gpu_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(problem, "shared_memory_limit", lambda device: 227 * 1024)
+    torch._dynamo.reset()
+
+
+class Up(nn.Module):
+    """Two sites like measured ones, of the seed's kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ConvTranspose2d(64, 64, 3, 2, 1, 1)
+        self.second = nn.ConvTranspose2d(64, 64, 3, 2, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu()).clamp(0, 1)
+
+
+X = torch.randn(4, 64, 64, 64)
+
+
+def packing(monkeypatch: pytest.MonkeyPatch) -> list[PackedInputs]:
+    made: list[PackedInputs] = []
+    monkeypatch.setattr(backend, "PackedInputs", lambda *args: made.append(PackedInputs(*args)) or made[-1])
+    return made
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_auto_takes_the_fused_kernel_where_it_is_measured_to_be_faster() -> None:
+    model = Up().eval()
+    with torch.no_grad():
+        sites = explain(model, X).sites
+    assert [site.kernel for site in sites] == ["fused", "fused"]
+    assert all("times the speed of Inductor at the most similar measured case, seed" in site.reason for site in sites)
+    assert all("march" in site.reason for site in sites)
+    assert [site.kernel for site in explain(model, X).sites] == ["inductor", "inductor"]  # with gradients
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_the_compiled_model_sees_every_change_of_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, model = packing(monkeypatch), Up().eval()
+    compiled = torch.compile(model, backend=fused_post, options=OPTIONS)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(X), model(X))
+        model.first.weight.mul_(-1)
+        torch.testing.assert_close(compiled(X), model(X))
+        model.load_state_dict(other.state_dict())
+        torch.testing.assert_close(compiled(X), model(X))
+        model.second.weight = nn.Parameter(torch.randn_like(model.second.weight))
+        torch.testing.assert_close(compiled(X), model(X))
+    assert made and all(len(each.weights) == 2 for each in made)
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_what_is_packed_goes_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, model = packing(monkeypatch), Up().eval()
+    with torch.no_grad():
+        torch.compile(model, backend=fused_post, options=OPTIONS)(X)
+    kept = made.pop().weights
+    assert [weights.nbytes for weights in kept] == [4 * 9 * 64 * 64] * 2
+    del model
+    gc.collect()
+    assert [weights.nbytes for weights in kept] == [0, 0]
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_one_graph_for_several_modules_keeps_one_packed_weight_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, modules = packing(monkeypatch), [Up().eval() for _ in range(3)]
+    with torch.no_grad():
+        for module in modules:
+            module.compile(backend=fused_post, options=OPTIONS)
+        for module in modules * 2:
+            torch.testing.assert_close(module(X), module.forward(X))
+    assert sum(weights.nbytes for each in made for weights in each.weights) == 3 * 2 * 4 * 9 * 64 * 64
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_a_weight_that_is_computed_is_packed_in_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = packing(monkeypatch)
+    model = Up().eval()
+    nn.utils.parametrizations.weight_norm(model.first)
+    compiled = torch.compile(model, backend=fused_post, options=OPTIONS)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(X), model(X))
+    assert [len(each.weights) for each in made] == [1]
+
+
+@pytest.mark.usefixtures("on_h200")
+@pytest.mark.parametrize("how", ["autocast", "inference_mode", "dynamic", "freezing", "reduce-overhead"])
+def test_the_ways_in_which_users_run_models(how: str) -> None:
+    model = Up().eval()
+    arguments: dict[str, Any] = {"options": OPTIONS}
+    if how == "freezing":
+        arguments = {"options": OPTIONS | {"freezing": True}}
+    elif how == "reduce-overhead":
+        arguments = {"mode": how}
+    compiled = torch.compile(model, backend=fused_post, dynamic=True if how == "dynamic" else None, **arguments)
+    inference = torch.inference_mode if how == "inference_mode" else torch.no_grad
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if how == "autocast" else {}
+    with inference(), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        for N in (4, 5):
+            x = torch.randn(N, *X.shape[1:])
+            torch.testing.assert_close(compiled(x), model(x), **tolerance)
+
+
+def test_a_gpu_that_is_not_measured_is_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
+    monkeypatch.setattr(choice, "gpu_name", lambda device: "NVIDIA GeForce RTX 4090")
+    with torch.no_grad():
+        sites = explain(Up().eval(), X).sites
+    assert [site.kernel for site in sites] == ["inductor", "inductor"]
+    assert all("nothing is measured on NVIDIA GeForce RTX 4090" in site.reason for site in sites)
+    assert evidence.measured("NVIDIA GeForce RTX 4090") == ()
