@@ -4,13 +4,14 @@ A strip is 64 columns of x, and an output needs x at a few shifts s along the ro
 each shift. The pixels of a contiguous x are dealt out to combs of 32 instead, every second one to the same: x[2*p + j]
 is the p-th of comb j. So x[2*p + h + s] is the p-th of comb h + s, and all shifts together need shifts + 1 combs.
 
-Where x or the output is contiguous, a thread of a product has neighbouring pixels, those of two combs.
+A thread of a product has two pixels: those of two combs are neighbours, the others are 8 apart.
 """
 
 from dataclasses import dataclass
 
 STRIP = 64  # pixels: the rows of a product
 COMB = STRIP // 2
+CONSUMERS = 2  # warp groups that walk a strip each, side by side
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,10 @@ class Form:
     tf32: bool
     kinds: tuple[int, int, int, int]  # scale, shift, lo, hi: 0 none, 1 a number, 2 a tensor
     channels: int
-    consumers: int
     slots: int
     registers: int
-    overlap: int
-    burst: int
-    modifier: str
-    release: int
-
-    @property
-    def paired(self) -> bool:
-        """Whether a thread's two pixels are neighbours, rather than 8 apart as products have them by themselves."""
-        return not (self.x_last and self.out_last)
+    together: bool
+    burst: bool
 
     @property
     def halo(self) -> int:
@@ -66,11 +59,6 @@ class Form:
     def stored(self) -> int:
         """Rows of the output that a step stores."""
         return self.stride[0] * self.stride[1]
-
-    @property
-    def carried_with(self) -> int:
-        """1: the products of the rows that are carried run with those of the last that is stored; 0: behind them."""
-        return int(self.overlap == 2)
 
     @property
     def first(self) -> tuple[int, int]:

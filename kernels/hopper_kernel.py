@@ -51,18 +51,20 @@ def _tile_layout(form, bits):
     [pixels, channels] for channels_last, with columns permuted by ``pack``; else [channels, pixels * joined].
     """
     # A thread's second pixel, and its lane's and its warp's.
-    second, lane, warp = (1, 2, 16) if form.paired else (8, 1, 16)
+    second, lane = (8, 1) if form.x_last else (1, 2)
     if form.out_last:
         wide = 2 * _joined_columns(bits, form.channels)
         registers = [[0, c] for c in _powers(wide, 1)] + [[second, 0]]
         registers += [[0, c] for c in _powers(form.channels // (4 * wide), 4 * wide)]
         lanes = [[0, wide], [0, 2 * wide]] + [[p, 0] for p in _powers(8, lane)]
-        warps, shape = [[warp, 0], [2 * warp, 0]], [64, form.channels]
+        warps, shape = [[16, 0], [32, 0]], [64, form.channels]
     else:
-        wide = 2 * form.joined
-        registers = [[0, p] for p in _powers(wide, 1)] + [[1, 0]] + [[c, 0] for c in _powers(form.channels // 8, 8)]
-        lanes = [[2, 0], [4, 0]] + [[0, p] for p in _powers(8, wide)]
-        warps, shape = [[0, 8 * wide], [0, 16 * wide]], [form.channels, 64 * form.joined]
+        joined = form.joined
+        registers = [[0, p] for p in _powers(joined, 1)]
+        registers += [[1, 0], [0, 8 * joined]] if form.x_last else [[0, joined], [1, 0]]
+        registers += [[c, 0] for c in _powers(form.channels // 8, 8)]
+        lanes = [[2, 0], [4, 0]] + [[0, p] for p in _powers(8, lane * joined)]
+        warps, shape = [[0, 16 * joined], [0, 32 * joined]], [form.channels, 64 * joined]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
 
 
@@ -123,8 +125,8 @@ def _fetch(x, xs, full, empty, tiles, work, FORM: gl.constexpr):
     for group in range(begin // rows, (end + rows - 1) // rows):
         row_0, _, last = _begin(group, work, FORM)
         for row in range(row_0, last):
-            for c in gl.static_range(_known(FORM.consumers)):
-                n, m, w = _corner(group * FORM.consumers + c, tiles, FORM)
+            for c in gl.static_range(2):
+                n, m, w = _corner(2 * group + c, tiles, FORM)
                 at = c * FORM.slots + slot
                 mbarrier.wait(empty.index(at), phase)
                 mbarrier.expect(full.index(at), BYTES)
@@ -195,6 +197,14 @@ def _load_row(x_ptr, corner, row, sizes, z, z_2, FORM: gl.constexpr):
 
 
 @gluon.jit
+def _load_next_row(x_ptr, group, c: gl.constexpr, row, sizes, tiles, length, FORM: gl.constexpr):
+    # Another zero for each, so that no address is kept from one to the next.
+    z = (row + c + length) >> 28
+    z_2 = (row + c + 2 + length) >> 28
+    return _load_row(x_ptr, _corner(2 * group + c, tiles, FORM), row + 1, sizes, z, z_2, FORM)
+
+
+@gluon.jit
 def _put_row(loaded, xs, at, FORM: gl.constexpr):
     """What ``_load_row`` loaded, into shared memory."""
     PER_SHIFT: gl.constexpr = _loads(FORM)
@@ -216,43 +226,32 @@ def _put_row(loaded, xs, at, FORM: gl.constexpr):
 def _turn(x_ptr, xs, full, empty, sizes, tiles, work, length, FORM: gl.constexpr):
     """Rows of a contiguous x, through registers: a row is loaded as soon as the one before it is out of them."""
     LOADS: gl.constexpr = _loads(FORM) * FORM.shifts[0]
-    ROWS: gl.constexpr = 2 if FORM.burst == 2 else 1
     begin, end, rows = work
     slot = 0
     phase = 1
     for group in range(begin // rows, (end + rows - 1) // rows):
         row_0, _, last = _begin(group, work, FORM)
         loaded = ()
-        for i in gl.static_range(FORM.consumers * ROWS):
-            corner = _corner(group * FORM.consumers + i // ROWS, tiles, FORM)
-            loaded = loaded + _load_row(x_ptr, corner, row_0 + i % ROWS, sizes, 0, 0, FORM)
-        for row in range(row_0, last, ROWS):
+        for c in gl.static_range(2):
+            corner = _corner(2 * group + c, tiles, FORM)
+            loaded = loaded + _load_row(x_ptr, corner, row_0, sizes, 0, 0, FORM)
+        for row in range(row_0, last):
             next_loaded = ()
-            for i in gl.static_range(ROWS):
-                if ROWS == 1 or row + i < last:
-                    for c in gl.static_range(_known(FORM.consumers)):
-                        at = c * FORM.slots + slot
-                        mbarrier.wait(empty.index(at), phase)
-                        _put_row(loaded[(c * ROWS + i) * LOADS : (c * ROWS + i + 1) * LOADS], xs, at, FORM)
-                        mbarrier.arrive(full.index(at), count=1)
-                        if FORM.burst == 0:
-                            corner = _corner(group * FORM.consumers + c, tiles, FORM)
-                            z = (row + c + length) >> 28
-                            z_2 = (row + c + FORM.consumers + length) >> 28
-                            next_loaded = next_loaded + _load_row(x_ptr, corner, row + 1, sizes, z, z_2, FORM)
-                    slot += 1
-                    if slot == FORM.slots:
-                        slot = 0
-                        phase ^= 1
-            if FORM.burst > 0:
-                for i in gl.static_range(FORM.consumers * ROWS):
-                    corner = _corner(group * FORM.consumers + i // ROWS, tiles, FORM)
-                    # Another zero for each, so that nothing is kept from one to the next.
-                    z = (row + i + length) >> 28
-                    z_2 = (row + i + FORM.consumers * ROWS + length) >> 28
-                    x = _load_row(x_ptr, corner, row + (ROWS + i % ROWS), sizes, z, z_2, FORM)
-                    next_loaded = next_loaded + x
+            for c in gl.static_range(2):
+                at = c * FORM.slots + slot
+                mbarrier.wait(empty.index(at), phase)
+                _put_row(loaded[c * LOADS : (c + 1) * LOADS], xs, at, FORM)
+                mbarrier.arrive(full.index(at), count=1)
+                if not FORM.burst:
+                    next_loaded = next_loaded + _load_next_row(x_ptr, group, c, row, sizes, tiles, length, FORM)
+            if FORM.burst:
+                for c in gl.static_range(2):
+                    next_loaded = next_loaded + _load_next_row(x_ptr, group, c, row, sizes, tiles, length, FORM)
             loaded = next_loaded
+            slot += 1
+            if slot == FORM.slots:
+                slot = 0
+                phase ^= 1
 
 
 @gluon.jit
@@ -271,14 +270,10 @@ def _read(xs, at, OPERAND: gl.constexpr, FORM: gl.constexpr):
     tiles = ()
     for j in gl.static_range(_known(FORM.all_tiles)):
         tile = xs.index(at * FORM.all_tiles + j)
-        if not FORM.x_last:
-            x = tile.reshape([32, FORM.depth]).load(COMB)
-        elif FORM.paired:
-            tile = tile.reshape([4, 8, 2, FORM.depth]).permute([0, 2, 1, 3])
-            x = tile.reshape([64, FORM.depth]).load(OPERAND)
+        if FORM.x_last:
+            tiles = _append(tiles, tile.reshape([64, FORM.depth]).load(OPERAND))
         else:
-            x = tile.reshape([64, FORM.depth]).load(OPERAND)
-        tiles = _append(tiles, x)
+            tiles = _append(tiles, tile.reshape([32, FORM.depth]).load(COMB))
     return tiles
 
 
@@ -398,10 +393,10 @@ def _store_row(accs, out_ptr, corner, o_r, e_m: gl.constexpr, sizes, z, channel_
         y = accs[e]
         if FORM.out_last:
             y = y.reshape([4, 2, 8, FORM.channels // (8 * JOINED), JOINED, 4, 2])
-            if FORM.paired:
-                y = y.permute([0, 2, 1, 3, 5, 4, 6])
-            else:
+            if FORM.x_last:
                 y = y.permute([0, 1, 2, 3, 5, 4, 6])
+            else:
+                y = y.permute([0, 2, 1, 3, 5, 4, 6])
             y = y.reshape([64, FORM.channels])
         else:
             if FORM.joined == 2:
@@ -409,20 +404,24 @@ def _store_row(accs, out_ptr, corner, o_r, e_m: gl.constexpr, sizes, z, channel_
             elif FORM.joined == 4:
                 y = gl.join(gl.join(y, accs[e + 2]), gl.join(accs[e + 1], accs[e + 3]))
             y = y.reshape([4, 2, 8, FORM.channels, FORM.joined])
-            y = y.permute([3, 0, 2, 1, 4]).reshape([FORM.channels, PIXELS])
+            if FORM.x_last:
+                y = y.permute([3, 0, 1, 2, 4])
+            else:
+                y = y.permute([3, 0, 2, 1, 4])
+            y = y.reshape([FORM.channels, PIXELS])
         y = gl.convert_layout(y, LAYOUT, assert_trivial=False)
         y = _tail(y, cs, numbers, LAYOUT, FORM).to(out_ptr.dtype.element_ty)
         y_ptr = base + e * PER_PIXEL + at
         if FORM.whole:
-            gl.store(y_ptr, y, cache_modifier=FORM.modifier)
+            gl.store(y_ptr, y)
         else:
             o_m = m * FORM.stride[1] + e_m + in_m
             exists = (n + image < N) & (o_m < O_M) & (w * FORM.stride[2] + e + in_row < O_W)
             known = channel_0 + channel < FORM.C_out
             if FORM.out_last:
-                gl.store(y_ptr, y, mask=exists[:, None] & known[None, :], cache_modifier=FORM.modifier)
+                gl.store(y_ptr, y, mask=exists[:, None] & known[None, :])
             else:
-                gl.store(y_ptr, y, mask=exists[None, :] & known[:, None], cache_modifier=FORM.modifier)
+                gl.store(y_ptr, y, mask=exists[None, :] & known[:, None])
 
 
 @gluon.jit
@@ -433,7 +432,7 @@ def _next(carried, zero, x, ws, z, INDEX: gl.constexpr, FORM: gl.constexpr):
         R: gl.constexpr = INDEX // FORM.stride[1]
         FIRST: gl.constexpr = INDEX % FORM.stride[1] * FORM.stride[2]
         accs = _add(carried, zero, x, ws, z, R, FIRST, FORM.stride[2], FORM)
-    if INDEX + FORM.carried_with == FORM.stored:
+    if INDEX + FORM.together == FORM.stored:
         for r in gl.static_range(_known(FORM.stride[0]), _known(FORM.stride[0] + FORM.carried)):
             more = _add(carried, zero, x, ws, z, r, 0, FORM.phases, FORM)
             # So many at a time that the compiler does not run out of registers, and makes each wait for the one before.
@@ -460,7 +459,7 @@ def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
     mbarrier.wait(loaded, 0)
     for group in range(begin // rows, (end + rows - 1) // rows):
         row_0, first, last = _begin(group, work, FORM)
-        corner = _corner(group * FORM.consumers + INDEX, tiles, FORM)
+        corner = _corner(2 * group + INDEX, tiles, FORM)
         carried = ()
         for _ in gl.static_range(_known(FORM.carried * FORM.phases)):
             carried = _append(carried, gl.zeros([64, CHANNELS], gl.float32, layout=PRODUCT))
@@ -471,11 +470,9 @@ def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
             at = INDEX * FORM.slots + slot
             mbarrier.wait(full.index(at), phase)
             x_tiles = _read(xs, at, OPERAND, FORM)
-            if FORM.release < 2:
-                # Without the fence the copy engine may overwrite what is still being loaded.
-                if FORM.release == 0:
-                    fence_async_shared()
-                mbarrier.arrive(empty.index(at), count=1)
+            # Without the fence the copy engine may overwrite what is still being loaded.
+            fence_async_shared()
+            mbarrier.arrive(empty.index(at), count=1)
             slot += 1
             if slot == FORM.slots:
                 slot = 0
@@ -486,20 +483,15 @@ def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
             for index in gl.static_range(_known(FORM.stored)):
                 done = warpgroup_mma_wait(0, deps=accs + x)
                 x = done[len(accs) :]
-                if FORM.release == 2 and index == 0:
-                    mbarrier.arrive(empty.index(at), count=1)
-                if index == FORM.stored - 1 and FORM.carried_with == 1:
+                if FORM.together and index == FORM.stored - 1:
                     carried = done[FORM.stride[2] : len(accs)]
-                if FORM.overlap == 1:
-                    accs = _next(carried, zero, x, ws, z, index + 1, FORM)
                 o_r = row * FORM.stride[0] + (index // FORM.stride[1] - FORM.padding[0])
                 if (row >= first) & (o_r >= 0) & (o_r < O_R):
                     _store_row(
                         done, out_ptr, corner, o_r, index % FORM.stride[1], sizes, z, channel_0, cs, numbers, FORM
                     )
-                if FORM.overlap != 1:
-                    accs = _next(carried, zero, x, ws, z, index + 1, FORM)
-            if FORM.carried > 0 and FORM.carried_with == 0:
+                accs = _next(carried, zero, x, ws, z, index + 1, FORM)
+            if FORM.carried > 0 and not FORM.together:
                 done = warpgroup_mma_wait(0, deps=accs + x)
                 carried = done[: len(accs)]
 
@@ -536,7 +528,7 @@ def hopper_march_kernel(
     """
     dtype: gl.constexpr = weight.dtype
     TAPS: gl.constexpr = FORM.kernel[0] * FORM.kernel[1] * FORM.kernel[2]
-    BARRIERS: gl.constexpr = FORM.consumers * FORM.slots
+    BARRIERS: gl.constexpr = 2 * FORM.slots
     channel_0 = gl.program_id(1) * FORM.channels
     tiles_c = gl.num_programs(1)
 
@@ -573,32 +565,8 @@ def hopper_march_kernel(
     numbers = (scale, shift, lo, hi)
     source = (x_ptr, x, xs, full, empty, sizes, tiles, work, length)
     rest = (out_ptr, xs, full, empty, ws, loaded, cs, sizes, tiles, work, length, channel_0, numbers)
-    if FORM.consumers == 2:
-        gl.warp_specialize(
-            [(_produce, (source, FORM)), (_consume, (0, rest, FORM)), (_consume, (1, rest, FORM))],
-            [4, 4],
-            [FORM.registers, FORM.registers],
-        )
-    elif FORM.consumers == 3:
-        gl.warp_specialize(
-            [
-                (_produce, (source, FORM)),
-                (_consume, (0, rest, FORM)),
-                (_consume, (1, rest, FORM)),
-                (_consume, (2, rest, FORM)),
-            ],
-            [4, 4, 4],
-            [FORM.registers, FORM.registers, FORM.registers],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_produce, (source, FORM)),
-                (_consume, (0, rest, FORM)),
-                (_consume, (1, rest, FORM)),
-                (_consume, (2, rest, FORM)),
-                (_consume, (3, rest, FORM)),
-            ],
-            [4, 4, 4, 4],
-            [FORM.registers, FORM.registers, FORM.registers, FORM.registers],
-        )
+    gl.warp_specialize(
+        [(_produce, (source, FORM)), (_consume, (0, rest, FORM)), (_consume, (1, rest, FORM))],
+        [4, 4],
+        [FORM.registers, FORM.registers],
+    )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fusion_backend.kernels.hopper_form import COMB, STRIP, Form, shifts_along
+from fusion_backend.kernels.hopper_form import COMB, CONSUMERS, STRIP, Form, shifts_along
 from fusion_backend.kernels.phases import Axis
 from fusion_backend.kernels.problem import Problem
 from fusion_backend.kernels.rounding import cdiv
@@ -18,26 +18,23 @@ from fusion_backend.kernels.strips import along_d, block_k_of, three_sizes, turn
 
 @dataclass(frozen=True)
 class Config:
-    """Channels of a program, and the strips that it walks side by side."""
+    """Channels of a program, rows of x in shared memory for each of its strips, and the order of its work."""
 
     channels: int
-    consumers: int  # warp groups, each with a strip
-    slots: int  # rows of x in shared memory for each
-    registers: int = 0  # of a consumer's thread; 0: what ``registers_for`` says
-    overlap: int = 0  # 1: the next products run while a row is stored; 2: the last two rows' run together
-    burst: int = 0
-    modifier: str = ""
-    release: int = 0
+    slots: int
+    together: bool = False  # the products of a step's last row run with those that are carried, rather than before them
+    burst: bool = False  # a contiguous x is loaded for all strips at once
 
     @property
     def name(self) -> str:
-        """For example "hopper 64, 2 consumers, 1 slots"."""
-        return f"hopper {self.channels}, {self.consumers} consumers, {self.slots} slots"
+        """For example "hopper 64, 2 slots" or "hopper 64, 2 slots, together"."""
+        order = ", together" if self.together else ", burst" if self.burst else ""
+        return f"hopper {self.channels}, {self.slots} slots{order}"
 
 
 @dataclass(frozen=True)
 class March:
-    """A configuration cut to a problem: strips in groups of ``consumers``, and ``rows`` steps of each group.
+    """A configuration cut to a problem: strips in groups of CONSUMERS, and ``rows`` steps of each group.
 
     A program walks ``length`` of all these rows, past the end of one group into the next. ``box`` is a strip's extent:
     images, rows along the other dimension, pixels; ``tiles`` counts strips along the other dimension and along W.
@@ -54,16 +51,23 @@ class March:
     grid: tuple[int, int]
 
 
-# From much work a program to little.
-CONFIGS = tuple(Config(channels, consumers=2, slots=slots) for channels in (64, 32, 16) for slots in (2, 1))
+# From much work a program to little. Which order is faster is not measured yet.
+CONFIGS = tuple(
+    Config(channels, slots, together, burst)
+    for channels in (64, 32, 16)
+    for slots in (2, 1)
+    for together, burst in ((True, False), (False, False), (False, True))
+)
 
 # Of a multiprocessor, for each of as many threads as a warp group has, and of one thread.
 ALL_REGISTERS = 504
 MOST_REGISTERS = 240
 
-# Of a consumer's thread besides accumulators and x, and of a producer's besides x and addresses: where neither spills.
-OTHER_REGISTERS = 56
-OTHER_PRODUCER_REGISTERS = 8
+# Of a consumer's thread besides accumulators and x: with fewer, ptxas makes products wait for each other, or spills.
+OTHER_REGISTERS = 64
+
+# Of a producer's thread besides x: with fewer than so many for each channel of x, it spills in its loop.
+ADDRESS_REGISTERS = 3 / 8
 
 # Bytes of shared memory for barriers, and for the coefficients of a channel.
 BARRIERS = 512
@@ -117,7 +121,8 @@ def configs_for(problem: Problem) -> tuple[Config, ...]:
     return tuple(
         config
         for config in CONFIGS
-        if _fits_registers(problem, config)
+        if not (config.burst if problem.x_last else config.together)
+        and _fits_registers(problem, config)
         and shared_memory(problem, config) <= problem.shared_limit
         and (config.channels == 16 or config.channels < 2 * problem.C_out)
     )
@@ -138,10 +143,10 @@ def march_for(
         all(size % edge == 0 for size, edge in zip(columns, box, strict=True))
         and all(output % axis.stride == 0 for axis, output in zip(axes[1:], outputs[1:], strict=True))
         and problem.C_out % config.channels == 0
-        and strips % config.consumers == 0
+        and strips % CONSUMERS == 0
     )
     rows = cdiv(outputs[0] + axes[0].padding, axes[0].stride) - axes[0].padding // axes[0].stride
-    total = cdiv(strips, config.consumers) * rows
+    total = cdiv(strips, CONSUMERS) * rows
     if length is None:
         length = max(cdiv(total, max(processors // tiles_c, 1)), min(rows, LEAST_ROWS))
     flat = along[1] == 1 and axes[1] == Axis()
@@ -182,13 +187,10 @@ def form_for(problem: Problem, march: March, unit: int, kinds: tuple[int, int, i
         tf32=problem.tf32,
         kinds=kinds,
         channels=config.channels,
-        consumers=config.consumers,
         slots=config.slots,
-        registers=config.registers or registers_for(problem, config),
-        overlap=config.overlap,
+        registers=registers_for(problem, config),
+        together=config.together,
         burst=config.burst,
-        modifier=config.modifier,
-        release=config.release,
     )
 
 
@@ -196,7 +198,7 @@ def shared_memory(problem: Problem, config: Config) -> int:
     """Bytes: the weight, the rows of x, and small things."""
     depth = block_k_of(problem) * problem.dtype.itemsize
     taps = math.prod(axis.kernel for axis in problem.axes)
-    x = config.consumers * config.slots * _pixels(problem) * depth
+    x = CONSUMERS * config.slots * _pixels(problem) * depth
     return taps * config.channels * depth + x + config.channels * COEFFICIENTS + BARRIERS
 
 
@@ -211,8 +213,8 @@ def _fits_registers(problem: Problem, config: Config) -> bool:
     registers = registers_for(problem, config)
     if _consumer_registers(problem, config) + OTHER_REGISTERS > min(registers, MOST_REGISTERS):
         return False
-    rest = ALL_REGISTERS - config.consumers * registers
-    return problem.x_last or _producer_registers(problem, config) + OTHER_PRODUCER_REGISTERS <= rest
+    rest = ALL_REGISTERS - CONSUMERS * registers
+    return problem.x_last or _producer_registers(problem) <= rest
 
 
 def _consumer_registers(problem: Problem, config: Config) -> int:
@@ -220,19 +222,19 @@ def _consumer_registers(problem: Problem, config: Config) -> int:
     row, middle, column = turned(problem, problem.axes)
     carried = max(row.kernel - row.stride, 0) * middle.stride * column.stride
     accumulators = max(carried, column.stride)
-    if config.overlap:
-        accumulators += column.stride
+    if config.together:
+        accumulators = max(accumulators, carried + column.stride)
     m, w = _shifts(problem)
     x = m * w * block_k_of(problem) * problem.dtype.itemsize // 4
     return STRIP * (accumulators * config.channels + x) // 128
 
 
-def _producer_registers(problem: Problem, config: Config) -> int:
+def _producer_registers(problem: Problem) -> float:
     """For a row of x of each consumer, where combs beyond whole pixels take a register a value, and for addresses."""
     depth = block_k_of(problem)
     m, w = _shifts(problem)
     x = STRIP * depth * problem.dtype.itemsize // 4 + (w - 1) * COMB * depth
-    return (config.consumers * m * x + 64 * depth) // 128
+    return CONSUMERS * m * x / 128 + ADDRESS_REGISTERS * depth
 
 
 def _pixels(problem: Problem) -> int:

@@ -1,5 +1,6 @@
 """The march on Hopper compiled for it, every configuration that ships, and what came out."""
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -11,20 +12,19 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
-import triton
+from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from fusion_backend.kernels import hopper_march, hopper_strips
+from fusion_backend.kernels import hopper_march
 from fusion_backend.kernels.coefficients import coefficients_for
-from fusion_backend.kernels.hopper_strips import Config, configs_for, march_for, why_not
+from fusion_backend.kernels.hopper_form import Form
+from fusion_backend.kernels.hopper_strips import Config, configs_for, march_for, shared_memory, why_not
 from fusion_backend.kernels.problem import Problem, problem_for
 from tests.kernels.compiling import CHIPS, Compiled, _read_nvidia, on_chip
 from tests.kernels.convolutions import PUBLIC, Conv
 
-HOPPER = CHIPS["sm_90"]
+CHIP = CHIPS["sm_90"]
 PROCESSORS = 132
-
-FEW = Conv((8, 64, 64, 64), 64, (4,), (2,), (1,))
 
 
 class Driver:
@@ -36,11 +36,8 @@ class Driver:
     def get_current_stream(self, device: int) -> int:
         return 0
 
-    def get_current_target(self) -> triton.backends.compiler.GPUTarget:
-        return HOPPER.target
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+    def get_current_target(self) -> GPUTarget:
+        return CHIP.target
 
 
 class Warmed:
@@ -53,33 +50,35 @@ class Warmed:
         return lambda *args, **options: self.kernel.warmup(*args, grid=grid, **options)
 
 
-def compiled(conv: Conv, dtype: torch.dtype, x_last: bool, out_last: bool, config: Config | None = None) -> Compiled:
-    """With a shift for each channel and two bounds, and the configuration that is chosen unless one is given."""
-    problem = problem_of(conv, dtype, x_last, out_last)
-    config = config or configs_for(problem)[0]
-    march = march_for(problem, conv.x, config, PROCESSORS)
-    kernel, *rest = hopper_march._gluon()
-    # One element stands for all of them: nothing is read or written.
-    x, out = (torch.zeros(1, dtype=dtype).expand(shape) for shape in (conv.x, conv.y))
-    weight = torch.zeros(conv.x[1], conv.C_out, *(axis.kernel for axis in conv.axes), dtype=dtype)
-    given = coefficients_for(out, (None, torch.zeros(conv.C_out), None, None), (1.0, 0.0, 0.0, 0.5))
-    packed = hopper_march.pack(weight, problem, config)
-    with (
-        mock.patch.object(driver, "_active", Driver()),
-        mock.patch.object(hopper_march, "_gluon", lambda: (Warmed(kernel), *rest)),
-    ):
-        return _read_nvidia(hopper_march.launch(out, x, packed, problem, march, given))
-
-
 def problem_of(conv: Conv, dtype: torch.dtype, x_last: bool, out_last: bool) -> Problem:
     with on_chip("sm_90"):
         x, weight, _ = conv.fakes(dtype, x_last, out_last)
         return problem_for(x, weight, conv.axes, conv.groups, out_last, True)
 
 
+def compiled(conv: Conv, problem: Problem, config: Config) -> tuple[Compiled, Form]:
+    """With a shift for each channel and two bounds."""
+    march = march_for(problem, conv.x, config, PROCESSORS)
+    # One element stands for all of them: nothing is read or written.
+    x, out = (torch.zeros(1, dtype=problem.dtype).expand(shape) for shape in (conv.x, conv.y))
+    weight = torch.zeros(conv.x[1], conv.C_out, *(axis.kernel for axis in conv.axes), dtype=problem.dtype)
+    given = coefficients_for(out, (None, torch.zeros(conv.C_out), None, None), (1.0, 0.0, 0.0, 0.5))
+    packed = hopper_march.pack(weight, problem, config)
+    kernel, *rest = hopper_march._gluon()
+    hopper_march._prepare.cache_clear()
+    with (
+        mock.patch.object(driver, "_active", Driver()),
+        mock.patch.object(hopper_march, "_gluon", return_value=(Warmed(kernel), *rest)),
+    ):
+        binary = _read_nvidia(hopper_march.launch(out, x, packed, problem, march, given))
+        form = hopper_march._prepare(problem, march, conv.x, hopper_march._kinds(given)).form
+    hopper_march._prepare.cache_clear()
+    return binary, form
+
+
 def loops(assembly: str) -> Iterator[list[str]]:
     """The instructions of each loop that has no other inside."""
-    lines = [match.groups() for match in re.finditer(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", assembly)]
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", assembly)
     code = [(int(address, 16), text) for address, text in lines]
     edges = []
     for address, text in code:
@@ -93,3 +92,78 @@ def loops(assembly: str) -> Iterator[list[str]]:
 
 def count(pattern: str, code: list[str]) -> int:
     return sum(bool(re.search(pattern, text)) for text in code)
+
+
+def wrong(binary: Compiled, form: Form, problem: Problem, config: Config) -> Iterator[str]:
+    """What is wrong with a kernel for sizes that 16 divides."""
+    expected = shared_memory(problem, config)
+    if binary.shared > min(expected, CHIP.shared_limit):
+        yield f"{binary.shared} bytes of shared memory: {expected} are expected"
+    # What lies side by side in a thread, of 16 bytes at the most.
+    if form.out_last:
+        neighbours = 2 * min(8 // problem.dtype.itemsize, form.channels // 8)
+    else:
+        neighbours = form.joined * (1 if form.x_last else 2)
+    if set(binary.stores) != {8 * problem.dtype.itemsize * neighbours}:
+        yield f"stores {dict(binary.stores)}, not of {neighbours} elements"
+
+    inner = list(loops(binary.assembly))
+    spills = [count(r"\b(?:LDL|STL)\b", code) for code in inner]
+    if any(spills):
+        yield f"{spills} spills in loops, {binary.spills} in all"
+    marches = [code for code in inner if count(r"\bHGMMA\.", code)]
+    products = sum(len(taps) for row in form.taps for taps in row) * form.depth * problem.dtype.itemsize // 32
+    if [count(r"\bHGMMA\.", code) for code in marches] != [products] * 2:
+        yield f"{[count('HGMMA', code) for code in marches]} products in loops, not {products} for each consumer"
+    # ptxas makes each product wait for the one before where registers do not suffice, and says nothing.
+    waits = [count(r"\bWARPGROUP\.DEPBAR", code) for code in marches]
+    most = form.stored + max(form.carried, 1)
+    if any(number > most for number in waits):
+        yield f"{waits} waits for products, not {most} at the most"
+    # Between the last load of a row from shared memory and the word that it may be overwritten stand the fence and the
+    # barrier of all warps.
+    for code in marches:
+        order = [re.search(r"\b(LDSM|MEMBAR|FENCE|BAR\.SYNC|SYNCS\.ARRIVE|HGMMA)", text) for text in code]
+        together = " ".join(match.group(1) for match in order if match)
+        if (
+            not re.search(r"LDSM (?:MEMBAR |FENCE )+(?:BAR\.SYNC )+SYNCS\.ARRIVE", together)
+            or "ARRIVE LDSM" in together
+        ):
+            yield f"no fence between loads and release: {together[:300]}"
+
+
+LAYOUTS = tuple(itertools.product((False, True), repeat=2))
+SEEDS = [(PUBLIC["seed"], dtype, *layouts) for dtype in (torch.float32, torch.bfloat16) for layouts in LAYOUTS]
+
+
+@pytest.mark.parametrize("use", SEEDS, ids=str)
+def test_every_order_of_the_first_size_that_fits(use: tuple) -> None:
+    conv, *_ = use
+    problem = problem_of(*use)
+    first, *others = configs_for(problem)
+    assert first.channels == 64
+    for config in (first, *(each for each in others if (each.channels, each.slots) == (first.channels, first.slots))):
+        assert not list(wrong(*compiled(conv, problem, config), problem, config)), config
+
+
+K4 = Conv((8, 64, 64, 64), 64, (4,), (2,), (1,))
+OTHERS = [
+    (PUBLIC["kb_small"], torch.float32, False, False),
+    (PUBLIC["kb_small"], torch.bfloat16, True, True),
+    (PUBLIC["kb100_3d"], torch.float32, True, True),
+    (PUBLIC["kb100_3d"], torch.bfloat16, False, True),
+    (PUBLIC["unet_up2"], torch.float32, False, False),
+    (PUBLIC["unet_up2"], torch.bfloat16, True, True),
+    (K4, torch.bfloat16, False, False),
+    (K4, torch.bfloat16, True, True),
+    (K4, torch.float32, True, True),
+]
+
+
+@pytest.mark.parametrize("use", OTHERS, ids=str)
+def test_the_configuration_that_others_get(use: tuple) -> None:
+    conv, *_ = use
+    problem = problem_of(*use)
+    assert why_not(problem) is None
+    config = configs_for(problem)[0]
+    assert not list(wrong(*compiled(conv, problem, config), problem, config)), config

@@ -22,7 +22,7 @@ def problem_of(conv: Conv, x_last: bool) -> Problem:
 
 def form_of(conv: Conv, x_last: bool) -> Form:
     problem = problem_of(conv, x_last)
-    march = march_for(problem, conv.x, Config(16, consumers=2, slots=1), 132)
+    march = march_for(problem, conv.x, Config(16, slots=1), 132)
     return form_for(problem, march, 1, (0, 0, 0, 0))
 
 
