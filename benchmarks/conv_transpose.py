@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from benchmarks.cases import CASES, Case
 from benchmarks.measure import TOLERANCE, environment, in_turn, summary
 from fusion_backend.kernels import conv_transpose as kernels
-from fusion_backend.kernels import epilogue, row_march
+from fusion_backend.kernels import epilogue, hopper_march, hopper_strips, row_march
 from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.phases import Axis
@@ -123,6 +123,28 @@ class Row:
 
         return run
 
+    def hopper(self) -> dict[str, Callable[[], Tensor]]:
+        """The march in Gluon, where it takes the case: the largest configuration that fits, in every order."""
+        if not hopper_march.is_hopper(self.x.device) or hopper_march.why_not(self.problem):
+            return {}
+        processors = torch.cuda.get_device_properties(self.x.device).multi_processor_count
+        coefficients = kernels.coefficients_for(self.out, *split(self.values))
+        contenders: dict[str, Callable[[], Tensor]] = {}
+        first, *_ = fitting = hopper_strips.configs_for(self.problem)
+        for config in fitting:
+            march = hopper_strips.march_for(self.problem, self.x.shape, config, processors)
+            size = (config.channels, config.slots)
+            if size != (first.channels, first.slots) or hopper_strips.why_not_shape(self.problem, self.x.shape, march):
+                continue
+            packed = hopper_march.pack(self.weight, self.problem, config)
+
+            def run(packed: Tensor = packed, march: hopper_strips.March = march) -> Tensor:
+                hopper_march.launch(self.out, self.x, packed, self.problem, march, coefficients)
+                return self.out
+
+            contenders[config.name] = run
+        return contenders
+
     def convolution(self) -> Tensor:
         return self.plain_convolution(self.x, self.weight)
 
@@ -147,6 +169,7 @@ class Row:
     def contenders(self, plans: str, inductor: tuple[str, ...]) -> dict[str, Callable[[], Tensor]]:
         chosen = self.chosen
         contenders = {plan.name: self.ours(plan) for plan in (chosen, *self.others(plans))}
+        contenders |= self.hopper()
         contenders["ours, packing"] = self.ours(chosen, packing=True)
         contenders["cudnn convolution alone"] = self.convolution
         contenders["eager"] = lambda: self.model(self.x)
@@ -230,7 +253,7 @@ def as_graph(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def is_ours(name: str) -> bool:
-    return "warps" in name or name.startswith("ours")
+    return "warps" in name or name.startswith(("ours", "hopper"))
 
 
 def show(title: str, columns: dict[str, dict[str, object]]) -> None:

@@ -64,7 +64,9 @@ ALL_REGISTERS = 504
 MOST_REGISTERS = 240
 
 # Of a consumer's thread besides accumulators and x: with fewer, ptxas makes products wait for each other, or spills.
+# Beside a contiguous x, where there are more to arrange, and beside a channels_last one.
 OTHER_REGISTERS = 64
+OTHER_REGISTERS_LAST = 48
 
 # Of a producer's thread besides x: with fewer than so many for each channel of x, it spills in its loop.
 ADDRESS_REGISTERS = 3 / 8
@@ -210,11 +212,11 @@ def registers_for(problem: Problem, config: Config) -> int:
 
 
 def _fits_registers(problem: Problem, config: Config) -> bool:
+    needed = _consumer_registers(problem, config)
+    if problem.x_last:
+        return needed + OTHER_REGISTERS_LAST <= MOST_REGISTERS
     registers = registers_for(problem, config)
-    if _consumer_registers(problem, config) + OTHER_REGISTERS > min(registers, MOST_REGISTERS):
-        return False
-    rest = ALL_REGISTERS - CONSUMERS * registers
-    return problem.x_last or _producer_registers(problem) <= rest
+    return registers <= MOST_REGISTERS and _producer_registers(problem) <= ALL_REGISTERS - CONSUMERS * registers
 
 
 def _consumer_registers(problem: Problem, config: Config) -> int:

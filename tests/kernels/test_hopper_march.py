@@ -1,0 +1,368 @@
+"""The march on Hopper on a GPU, against float64; and which problems it takes, how it cuts them, and its operator."""
+
+import itertools
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton")
+
+from fusion_backend.kernels import hopper_march, problem
+from fusion_backend.kernels.coefficients import coefficients_for
+from fusion_backend.kernels.coefficients import reference as pointwise
+from fusion_backend.kernels.conv_transpose import conv_transpose, reference
+from fusion_backend.kernels.hopper_march import conv_transpose_hopper, is_hopper, launch, pack
+from fusion_backend.kernels.hopper_strips import CONFIGS, Config, configs_for, march_for, why_not, why_not_shape
+from fusion_backend.kernels.layout import empty
+from fusion_backend.kernels.problem import Problem, problem_for
+from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager
+from tests.kernels.implementations import DTYPES, GPU_MARKS, Value, split
+from tests.kernels.layouts import is_laid_out, laid_out, unflattened
+
+LAYOUTS = tuple(itertools.product((False, True), repeat=2))
+HOPPER = 227 * 1024
+PROCESSORS = 132
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=GPU_MARKS)])
+def hopper(request: pytest.FixtureRequest) -> str:
+    """A GPU's name, where that is a Hopper with a triton that knows it."""
+    if not is_hopper(torch.device("cuda", 0)):
+        pytest.skip("no Hopper")
+    pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+    torch.cuda.empty_cache()
+    return request.param
+
+
+def run(
+    conv: Conv,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    values: Sequence[Value] = (),
+    last: bool = False,
+    config: Config | None = None,
+    length: int | None = None,
+) -> torch.Tensor:
+    """y; memory is NaN before, and must still be to both sides of y."""
+    memory = torch.full((math.prod(conv.y) + 128,), math.nan, dtype=x.dtype, device=x.device)
+    y = unflattened(memory[64:-64], conv.y, last)
+    launched(y, conv, x, weight, values, last, config, length)
+    assert memory[:64].isnan().all() and memory[-64:].isnan().all()
+    return y
+
+
+def launched(
+    y: torch.Tensor,
+    conv: Conv,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    values: Sequence[Value],
+    last: bool,
+    config: Config | None = None,
+    length: int | None = None,
+) -> None:
+    problem = problem_for(x, weight, conv.axes, conv.groups, last, True)
+    config = config or configs_for(problem)[0]
+    march = march_for(problem, x.shape, config, PROCESSORS, length)
+    assert why_not_shape(problem, x.shape, march) is None
+    launch(y, x, pack(weight, problem, config), problem, march, coefficients_for(y, *split(values)))
+
+
+def check(conv: Conv, dtype: torch.dtype, from_last: bool, to_last: bool, config: Config | None = None) -> None:
+    """In runs of several lengths: one row, some, and what is chosen."""
+    x, weight = conv.tensors(dtype, "cuda", from_last)
+    values = coefficients(conv.C_out, "cuda")
+    for length in (None, 1, 4):
+        y = run(conv, x, weight, values, to_last, config, length)
+        assert_close(y, x, weight, conv, values, tf32=True)
+
+
+ODD = Conv((3, 48, 6, 37), 40, (3,), (2,), (1,))  # short rows and strips, channels that fill no block
+K3S2 = Conv((3, 64, 5, 66), 64, (3,), (2,), (1,), (1,))
+
+KINDS = {
+    "odd": (ODD, torch.float32, True, True),
+    "small": (Conv((7, 32, 4, 16), 16, (3,), (2,), (1,), (1,)), torch.bfloat16, False, False),
+    "k4s2": (Conv((2, 64, 5, 38), 64, (4,), (2,), (1,)), torch.bfloat16, True, True),
+    "k4s2_32": (Conv((2, 32, 5, 38), 24, (4,), (2,), (1,)), torch.float32, False, False),
+    "k2s2": (Conv((2, 128, 3, 9), 64, (2,), (2,)), torch.float32, True, False),
+    "k5s2": (Conv((1, 32, 5, 7), 24, (5,), (2,), (2,), (1,)), torch.bfloat16, False, True),
+    "k3s1": (Conv((2, 32, 5, 7), 32, (3,), (1,), (1,)), torch.bfloat16, True, False),
+    "k4s4": (Conv((1, 16, 3, 5), 16, (4,), (4,)), torch.float32, False, False),
+    "k1s3": (Conv((1, 32, 3, 5), 16, (1,), (3,), (0,), (2,)), torch.bfloat16, True, True),  # outputs without a tap
+    "mixed": (Conv((2, 16, 3, 66), 24, (3, 4), (1, 2), (1, 1)), torch.float16, False, False),
+    "k3s2_3d": (Conv((2, 32, 3, 4, 5), 16, (3,), (2,), (1,)), torch.float32, True, True),
+    "k3s2_3d_contiguous": (Conv((1, 16, 3, 3, 10), 16, (3,), (2,), (1,), (1,)), torch.bfloat16, False, False),
+    "flat_3d": (Conv((1, 32, 2, 3, 9), 24, (1, 3, 3), (1, 2, 2), (0, 1, 1)), torch.bfloat16, True, False),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_in_runs_of_any_length(hopper: str, name: str) -> None:
+    check(*KINDS[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("from_last", "to_last"), LAYOUTS)
+def test_any_layout_to_any_layout_in_every_order(
+    hopper: str, dtype: torch.dtype, from_last: bool, to_last: bool
+) -> None:
+    x, weight = K3S2.tensors(dtype, "cuda", from_last)
+    first, *others = configs_for(problem_for(x, weight, K3S2.axes, 1, to_last, True))
+    for config in (first, *(each for each in others if (each.channels, each.slots) == (first.channels, first.slots))):
+        check(K3S2, dtype, from_last, to_last, config)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_nan_goes_through_to_the_outputs_it_belongs_to_and_infinities_clamp(hopper: str, last: bool) -> None:
+    for number in (math.nan, math.inf, -math.inf):
+        x, weight = K3S2.tensors(torch.float32, "cuda", last)
+        x[0, 1, 2, 3] = number
+        y = run(K3S2, x, weight, (None, None, -1.0, 1.0), last, length=4)
+        expected = reference(x.double(), weight.double(), K3S2.axes, 1, None, None, -1.0, 1.0)
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.double()[expected.abs() == 1.0].sign(), expected[expected.abs() == 1.0])
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_rounds_exactly_once_also_on_the_bounds(hopper: str, last: bool) -> None:
+    """Small integers add up exactly in fp32, in any order, and many of the sums are bounds."""
+    x, weight = (tensor.mul(4).round() for tensor in K3S2.tensors(torch.bfloat16, "cuda", last))
+    values = (None, torch.linspace(-9, 9, K3S2.C_out, device="cuda"), -40.0, 40.0)
+    exact = reference(x.float(), weight.float(), K3S2.axes, 1, *values)
+    assert torch.equal(run(K3S2, x, weight, values, last), exact.to(torch.bfloat16))
+
+
+def test_addresses_that_16_does_not_divide(hopper: str) -> None:
+    memory = torch.randn(math.prod(K3S2.x) + 1).to("cuda", torch.bfloat16)
+    _, weight = K3S2.tensors(torch.bfloat16, "cuda")
+    x = unflattened(memory[1:], K3S2.x, False)
+    assert_close(run(K3S2, x, weight), x, weight, K3S2)
+    x = unflattened(memory[1:], K3S2.x, True)
+    with mock.patch.object(hopper_march, "launch", side_effect=AssertionError("the copy engine cannot")):
+        assert_close(operator(K3S2, x, weight), x, weight, K3S2)
+    assert not hopper_march._broken
+
+
+@pytest.mark.parametrize(("from_last", "to_last"), LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_element_is_ever_wrong_in_60_launches(
+    hopper: str, dtype: torch.dtype, from_last: bool, to_last: bool
+) -> None:
+    conv = PUBLIC["seed"]
+    x, weight = conv.tensors(dtype, "cuda", from_last)
+    values = (None, coefficients(conv.C_out, "cuda")[1], -8.0, 8.0)
+    expected = pointwise(eager(x, weight, conv), *values)
+    first = torch.full_like(laid_out(expected, to_last), math.nan)
+    launched(first, conv, x, weight, values, to_last)
+    # Both round each term to TF32 at the most, and eager rounds the convolution of half precision as well.
+    bound = 0.15 if dtype == torch.float32 else 0.3
+    assert sum(int((~((a - b).abs() <= bound)).sum()) for a, b in zip(first, expected, strict=True)) == 0
+    del expected
+    changed = torch.zeros((), dtype=torch.int64, device="cuda")
+    out = torch.empty_like(first)
+    for _ in range(60):
+        out.fill_(math.nan)
+        launched(out, conv, x, weight, values, to_last)
+        changed += (out != first).sum()
+    assert changed.item() == 0
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_as_accurate_as_cudnn(hopper: str, last: bool) -> None:
+    """Without the tail, which only adds roundings to eager's result."""
+    conv = replace(PUBLIC["seed"], x=(2, 64, 128, 128))
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = conv.tensors(dtype, "cuda", last)
+        y = empty(conv.y, x, last)
+        launched(y, conv, x, weight, (), last)
+        exact = eager(x.double(), weight.double(), conv)
+        ours, theirs = (((each.double() - exact).square().mean()).sqrt() for each in (y, eager(x, weight, conv)))
+        assert ours <= 1.1 * theirs
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_more_than_2_to_the_31_elements(hopper: str, last: bool) -> None:
+    conv = Conv((3, 16, 6016, 3008), 16, (2,), (2,))
+    assert math.prod(conv.y) > 2**31
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("16 GiB of GPU memory are not free")
+    x = laid_out(torch.randn(conv.x, device="cuda", dtype=torch.bfloat16), last)
+    _, weight = replace(conv, x=(1, 16, 1, 1)).tensors(torch.bfloat16, "cuda")
+    y = torch.full_like(laid_out(torch.empty(conv.y, device="cuda", dtype=torch.bfloat16), last), math.nan)
+    launched(y, conv, x, weight, (), last)
+    corner = replace(conv, x=(1, 16, 8, 8))
+    for n, h, w in ((0, 0, 0), (2, 6008, 3000), (2, 0, 3000), (1, 3000, 1500)):
+        part = x[n : n + 1, :, h : h + 8, w : w + 8].contiguous()
+        assert_close(y[n : n + 1, :, 2 * h : 2 * h + 16, 2 * w : 2 * w + 16], part, weight, corner)
+    assert not y.isnan().any()
+
+
+def operator(conv: Conv, x: torch.Tensor, weight: torch.Tensor, **options: object) -> torch.Tensor:
+    axes = zip(*((axis.stride, axis.padding, axis.output_padding, axis.dilation) for axis in conv.axes), strict=True)
+    return conv_transpose_hopper(x, weight, *map(list, axes), conv.groups, **options)
+
+
+def test_the_operator_runs_the_march(hopper: str) -> None:
+    for last, to_last in ((False, None), (True, None), (True, False)):
+        x, weight = K3S2.tensors(torch.bfloat16, hopper, last)
+        with mock.patch.object(hopper_march.conv_transpose, "run", side_effect=AssertionError("the march takes it")):
+            y, again = (operator(K3S2, x, weight, channels_last=to_last) for _ in range(2))
+            out_last = last if to_last is None else to_last
+            problem = problem_for(x, weight, K3S2.axes, 1, out_last, True)
+            config = configs_for(problem)[-1]
+            packed = pack(weight, problem, config)
+            third = operator(K3S2, x, weight, channels_last=to_last, plan=config.name, packed=packed)
+        assert is_laid_out(y, out_last)
+        assert torch.equal(y, again)
+        for each in (y, third):
+            assert_close(each, x, weight, K3S2)
+
+
+def test_inductor_compiles_around_the_operator(hopper: str) -> None:
+    x, weight = K3S2.tensors(torch.bfloat16, hopper, True)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return operator(K3S2, x * 2, weight).relu()
+
+    y = torch.compile(model, fullgraph=True)(x)
+    assert is_laid_out(y, True)
+    assert_close(y, x * 2, weight, K3S2, (None, None, 0.0, None))
+
+
+def test_the_operator_gives_gluon_up_once_it_fails(hopper: str, caplog: pytest.LogCaptureFixture) -> None:
+    x, weight = K3S2.tensors(torch.bfloat16, hopper)
+    with (
+        mock.patch.object(hopper_march, "_broken", []),
+        mock.patch.object(hopper_march, "launch", side_effect=RuntimeError("no such\ninstruction")) as fails,
+        caplog.at_level(logging.WARNING),
+    ):
+        for _ in range(2):
+            assert_close(operator(K3S2, x, weight), x, weight, K3S2)
+        assert fails.call_count == 1
+    (record,) = caplog.records
+    assert record.getMessage().endswith("from now on others do: RuntimeError: no such instruction")
+
+
+def problem_of(conv: Conv, dtype: torch.dtype, last: bool, allow_tf32: bool = True) -> Problem:
+    with FakeTensorMode(), mock.patch.object(problem, "shared_memory_limit", return_value=HOPPER):
+        x, weight, _ = conv.fakes(dtype, last, last)
+        return problem_for(x, weight, conv.axes, conv.groups, last, allow_tf32)
+
+
+SEED = PUBLIC["seed"]
+REASONS = [
+    (replace(SEED, groups=2), False, {}, "it has 2 groups"),
+    (replace(SEED, dilation=(2,)), False, {}, "it is dilated"),
+    (PUBLIC["hifigan_up1"], False, {}, "no dimension but W has a kernel"),
+    (Conv((2, 3, 8, 8), 5, (3,), (2,)), False, {}, "3 times 5 channels are too few"),
+    (SEED, False, {"allow_tf32": False}, "float32 without TF32"),
+    (Conv((2, 18, 8, 8), 16, (3,), (2,)), True, {}, "pixels of 18 channels are not multiples of 16 bytes"),
+    (PUBLIC["dcgan_64"], True, {}, "16 taps times 256 channels are too much for 232448 bytes"),
+]
+
+
+@pytest.mark.parametrize(("conv", "last", "options", "reason"), REASONS, ids=[reason for *_, reason in REASONS])
+def test_says_what_it_does_not_take(conv: Conv, last: bool, options: dict[str, bool], reason: str) -> None:
+    assert str(why_not(problem_of(conv, torch.float32, last, **options))).startswith(reason)
+
+
+def test_says_that_images_are_too_large_for_31_bits() -> None:
+    problem = problem_of(SEED, torch.bfloat16, True)
+    shape = (1, 64, 4096, 4096)
+    march = march_for(problem, shape, configs_for(problem)[0], PROCESSORS)
+    assert str(why_not_shape(problem, shape, march)).startswith("the images of a strip have 4294967296 elements")
+    assert why_not_shape(problem, SEED.x, march) is None
+
+
+def test_says_where_triton_has_no_gluon() -> None:
+    problem = problem_of(SEED, torch.bfloat16, True)
+    with mock.patch.object(hopper_march, "_gluon", side_effect=ImportError("no module named gluon")):
+        assert hopper_march.why_not(problem) == "this triton has no Gluon that the kernel knows: no module named gluon"
+
+
+@pytest.mark.parametrize(
+    ("conv", "dtype", "last", "config"),
+    [
+        (SEED, torch.float32, True, Config(64, 1, together=True)),
+        (SEED, torch.float32, False, Config(64, 1)),
+        (SEED, torch.bfloat16, True, Config(64, 2, together=True)),
+        (SEED, torch.bfloat16, False, Config(64, 2)),
+        (PUBLIC["kb_small"], torch.bfloat16, False, Config(16, 2)),
+        (PUBLIC["unet_up2"], torch.float32, False, Config(32, 2)),
+        (PUBLIC["kb100_3d"], torch.float32, True, Config(16, 2, together=True)),
+    ],
+)
+def test_what_is_chosen(conv: Conv, dtype: torch.dtype, last: bool, config: Config) -> None:
+    assert configs_for(problem_of(conv, dtype, last))[0] == config
+
+
+def test_names_tell_configurations_apart() -> None:
+    assert len({config.name for config in CONFIGS}) == len(CONFIGS)
+    assert Config(64, 2).name == "hopper 64, 2 slots"
+
+
+@pytest.mark.parametrize(
+    ("x", "box", "whole"),
+    [
+        ((128, 64, 128, 128), (1, 1, 64), True),
+        ((128, 64, 16, 16), (4, 1, 16), True),
+        ((127, 64, 16, 16), (4, 1, 16), False),
+        ((2, 64, 16, 65), (2, 1, 32), False),
+        ((1, 64, 16, 128), (1, 1, 64), True),
+        ((3, 64, 16, 64), (1, 1, 64), False),  # a group lacks a strip
+    ],
+)
+def test_strips_cover_an_image_with_little_beyond_it(x: tuple[int, ...], box: tuple[int, ...], whole: bool) -> None:
+    problem = problem_of(replace(SEED, x=x), torch.bfloat16, True)
+    march = march_for(problem, x, configs_for(problem)[0], PROCESSORS)
+    assert (march.box, march.whole) == (box, whole)
+    assert march.length * (march.grid[0] - 1) < march.total <= march.length * march.grid[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packs_every_value_once_and_zeros_beyond(dtype: torch.dtype) -> None:
+    for conv, last in itertools.product((ODD, K3S2), (False, True)):
+        problem = problem_of(conv, dtype, last)
+        _, weight = conv.tensors(dtype, "cpu")
+        for config in configs_for(problem):
+            packed = pack(weight, replace(problem, tf32=False), config)
+            columns = -(-conv.C_out // config.channels) * config.channels
+            assert packed.shape == (9 * columns, 64) and packed.is_contiguous()
+            tap = packed.view(9, columns, 64)[5, :, : conv.x[1]]
+            expected = weight[:, :, 1, 2].t()
+            assert torch.equal(tap[tap.abs().sum(1) > 0].sort(0).values, expected.sort(0).values)
+            if not last:
+                assert torch.equal(tap[: conv.C_out], expected)
+
+
+CPU = Conv((2, 16, 4, 5), 8, (3,), (2,), (1,), (1,))
+
+
+def test_the_operator_is_the_general_one_where_there_is_no_hopper() -> None:
+    x, weight = CPU.tensors(torch.float32, "cpu")
+    shift = torch.randn(8)
+    y = operator(CPU, x, weight, shift=shift, lo_number=0.0, channels_last=True)
+    assert is_laid_out(y, True)
+    assert torch.equal(y, conv_transpose(x, weight, [2], [1], [1], [1], shift=shift, lo_number=0.0, channels_last=True))
+    with pytest.raises(ValueError, match="shift has shape"):
+        operator(CPU, x, weight, shift=torch.randn(7))
+    with pytest.raises(ValueError, match="the output would have sizes"):
+        operator(replace(CPU, padding=(9,)), x, weight)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_opcheck(last: bool) -> None:
+    x, weight = CPU.tensors(torch.float32, "cpu", last)
+    for channels_last in (None, False, True):
+        torch.library.opcheck(
+            conv_transpose_hopper._opoverload,
+            (x, weight, [2], [1], [1], [1], 1, None, torch.randn(8)),
+            {"hi_number": 0.5, "channels_last": channels_last},
+        )
