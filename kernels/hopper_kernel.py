@@ -11,82 +11,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-
-@gluon.constexpr_function
-def _known(number):
-    """As loops that are unrolled take it."""
-    return number
-
-
-@gluon.constexpr_function
-def _stacked(count, shape):
-    return [count, *shape]
-
-
-@gluon.constexpr_function
-def _powers(count, unit):
-    """unit, 2 * unit, ... below count * unit."""
-    return [unit << bit for bit in range(count.bit_length() - 1)]
-
-
-@gluon.constexpr_function
-def _joined_columns(bits, channels):
-    """Groups of 8 columns of which a thread's values lie side by side in channels_last: 16 bytes, or all there are."""
-    return min(64 // bits, channels // 8)
-
-
-@gluon.constexpr_function
-def _comb_layout(depth, bits):
-    """[32, depth] as the products' left operand has 8 rows a warp: 4 lanes a row, 32 bits a lane, 8 registers apart."""
-    wide = 32 // bits
-    registers = [[0, k] for k in _powers(wide, 1)] + [[0, k] for k in _powers(depth // (4 * wide), 4 * wide)]
-    lanes = [[0, wide], [0, 2 * wide], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[8, 0], [16, 0]], [], [32, depth])
-
-
-@gluon.constexpr_function
-def _tile_layout(form, bits):
-    """A tile of the output as it is in a product's registers, a thread's neighbours in memory first.
-
-    [pixels, channels] for channels_last, with columns permuted by ``pack``; else [channels, pixels * joined].
-    """
-    # A thread's second pixel, and its lane's and its warp's.
-    second, lane = (8, 1) if form.x_last else (1, 2)
-    if form.out_last:
-        wide = 2 * _joined_columns(bits, form.channels)
-        registers = [[0, c] for c in _powers(wide, 1)] + [[second, 0]]
-        registers += [[0, c] for c in _powers(form.channels // (4 * wide), 4 * wide)]
-        lanes = [[0, wide], [0, 2 * wide]] + [[p, 0] for p in _powers(8, lane)]
-        warps, shape = [[16, 0], [32, 0]], [64, form.channels]
-    else:
-        joined = form.joined
-        registers = [[0, p] for p in _powers(joined, 1)]
-        registers += [[1, 0], [0, 8 * joined]] if form.x_last else [[0, joined], [1, 0]]
-        registers += [[c, 0] for c in _powers(form.channels // 8, 8)]
-        lanes = [[2, 0], [4, 0]] + [[0, p] for p in _powers(8, lane * joined)]
-        warps, shape = [[0, 16 * joined], [0, 32 * joined]], [form.channels, 64 * joined]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
-
-
-@gluon.constexpr_function
-def _row_layout(depth, bits):
-    """[depth, 32, 2] of a contiguous x: lanes along the row, a thread's channels are 16 bytes of a pixel."""
-    vector = min(16 * 8 // bits, depth // 4)
-    registers = [[0, 0, 1]] + [[c, 0, 0] for c in _powers(vector, 1)]
-    registers += [[c, 0, 0] for c in _powers(depth // (4 * vector), 4 * vector)]
-    lanes = [[0, p, 0] for p in _powers(32, 1)]
-    return gl.DistributedLinearLayout(registers, lanes, [[vector, 0, 0], [2 * vector, 0, 0]], [], [depth, 32, 2])
-
-
-@gluon.constexpr_function
-def _loads(form):
-    """Of a row, for one shift along the other dimension: a wide one, and those of the combs beyond it."""
-    return 1 + sum(not 0 <= form.first[1] + j < 2 for j in range(form.tiles))
-
-
-@gluon.jit
-def _append(values, value):
-    return values + (value,)  # noqa: RUF005 Gluon has no stars
+from fusion_backend.kernels.hopper_producer import produce
+from fusion_backend.kernels.hopper_tiles import (
+    append,
+    begin_of,
+    comb_layout,
+    corner_of,
+    joined_columns,
+    known,
+    stacked,
+    tile_layout,
+)
 
 
 @gluon.jit
@@ -95,185 +30,16 @@ def _rounded_to_tf32(x):
 
 
 @gluon.jit
-def _corner(strip, tiles, FORM: gl.constexpr):
-    """A strip's first image, row along the other dimension, and pixel."""
-    tiles_m, tiles_w = tiles
-    rest = strip // tiles_w
-    return (
-        rest // tiles_m * FORM.box[0],
-        rest % tiles_m * FORM.box[1],
-        strip % tiles_w * FORM.box[2],
-    )
-
-
-@gluon.jit
-def _begin(group, work, FORM: gl.constexpr):
-    """The rows of a group of strips that this program stores, and the one it begins with."""
-    begin, end, rows = work
-    first = gl.maximum(begin - group * rows, 0) + FORM.padding[0] // FORM.stride[0]
-    last = gl.minimum(end - group * rows, rows) + FORM.padding[0] // FORM.stride[0]
-    return gl.maximum(first - FORM.halo, 0), first, last
-
-
-@gluon.jit
-def _fetch(x, xs, full, empty, tiles, work, FORM: gl.constexpr):
-    """Rows of a channels_last x, once for each shift, by the copy engine."""
-    BYTES: gl.constexpr = FORM.all_tiles * 64 * FORM.depth * (xs.dtype.primitive_bitwidth // 8)
-    begin, end, rows = work
-    slot = 0
-    phase = 1
-    for group in range(begin // rows, (end + rows - 1) // rows):
-        row_0, _, last = _begin(group, work, FORM)
-        for row in range(row_0, last):
-            for c in gl.static_range(2):
-                n, m, w = _corner(2 * group + c, tiles, FORM)
-                at = c * FORM.slots + slot
-                mbarrier.wait(empty.index(at), phase)
-                mbarrier.expect(full.index(at), BYTES)
-                for s_m in gl.static_range(_known(FORM.shifts[0])):
-                    for s_w in gl.static_range(_known(FORM.shifts[1])):
-                        tile = xs.index(at * FORM.all_tiles + s_m * FORM.tiles + s_w)
-                        x_w = w + (FORM.first[1] + s_w)
-                        if FORM.flat:
-                            tma.async_copy_global_to_shared(x, [n, row, x_w, 0], full.index(at), tile)
-                        else:
-                            x_m = m + (FORM.first[0] + s_m)
-                            tma.async_copy_global_to_shared(x, [n, row, x_m, x_w, 0], full.index(at), tile)
-            slot += 1
-            if slot == FORM.slots:
-                slot = 0
-                phase ^= 1
-
-
-@gluon.jit
-def _row_pointers(x_ptr, corner, row, sizes, z, s_m, LAYOUT: gl.constexpr, FORM: gl.constexpr):
-    """Where every second pixel of a row is, [depth, 32]; its position along W; and whether its row exists."""
-    N, R, M, W = sizes
-    n, m, w = corner
-    p = gl.arange(0, 32, layout=gl.SliceLayout(0, LAYOUT))
-    channel = gl.arange(0, FORM.depth, layout=gl.SliceLayout(1, LAYOUT))
-    if FORM.along_d:
-        per_row, per_middle = M * W, W
-    else:
-        per_row, per_middle = W, R * W
-    plane = R * M * W
-    in_row = 2 * p % FORM.box[2]
-    in_m = 2 * p // FORM.box[2] % FORM.box[1]
-    image = 2 * p // (FORM.box[2] * FORM.box[1])
-    at = in_row
-    if FORM.box[1] > 1:
-        at += in_m * per_middle
-    if FORM.box[0] > 1:
-        at += image * (FORM.C_in * plane)
-    # z keeps what follows from it inside the loop, and not in registers all the time; 16 of it divide what 16 divides.
-    at = (channel * (plane + z * 16))[:, None] + at[None, :]
-    base = x_ptr + n.to(gl.int64) * (FORM.C_in * plane) + (row * per_row + (m + s_m) * per_middle + w)
-    q_m = m + s_m + in_m
-    exists = ((row < R) & (n + image < N) & (q_m >= 0) & (q_m < M))[None, :]
-    if FORM.C_in != FORM.depth:
-        exists = exists & (channel < FORM.C_in)[:, None]
-    return base + at, (w + in_row)[None, :], exists
-
-
-@gluon.jit
-def _load_row(x_ptr, corner, row, sizes, z, z_2, FORM: gl.constexpr):
-    """A row of a strip of a contiguous x: for each shift along the other dimension, whole pixels, and more combs."""
-    BITS: gl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth
-    WIDE: gl.constexpr = _row_layout(FORM.depth, BITS)
-    NARROW: gl.constexpr = gl.SliceLayout(2, WIDE)
-    W = sizes[3]
-    e = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, WIDE)))[None, None, :]
-    loaded = ()
-    for s_m in gl.static_range(_known(FORM.shifts[0])):
-        x_ptrs, q, exists = _row_pointers(x_ptr, corner, row, sizes, z, FORM.first[0] + s_m, NARROW, FORM)
-        here = gl.expand_dims(exists, 2) & (gl.expand_dims(q, 2) + e < W)
-        loaded = _append(loaded, gl.load(gl.expand_dims(x_ptrs, 2) + e, mask=here, other=0.0))
-        for j in gl.static_range(_known(FORM.tiles)):
-            if FORM.first[1] + j < 0 or FORM.first[1] + j >= 2:
-                x_ptrs, q, exists = _row_pointers(x_ptr, corner, row, sizes, z_2, FORM.first[0] + s_m, NARROW, FORM)
-                here = exists & (q + (FORM.first[1] + j) >= 0) & (q + (FORM.first[1] + j) < W)
-                loaded = _append(loaded, gl.load(x_ptrs + (FORM.first[1] + j), mask=here, other=0.0))
-    return loaded
-
-
-@gluon.jit
-def _load_next_row(x_ptr, group, c: gl.constexpr, row, sizes, tiles, length, FORM: gl.constexpr):
-    # Another zero for each, so that no address is kept from one to the next.
-    z = (row + c + length) >> 28
-    z_2 = (row + c + 2 + length) >> 28
-    return _load_row(x_ptr, _corner(2 * group + c, tiles, FORM), row + 1, sizes, z, z_2, FORM)
-
-
-@gluon.jit
-def _put_row(loaded, xs, at, FORM: gl.constexpr):
-    """What ``_load_row`` loaded, into shared memory."""
-    PER_SHIFT: gl.constexpr = _loads(FORM)
-    for s_m in gl.static_range(_known(FORM.shifts[0])):
-        wide = loaded[s_m * PER_SHIFT]
-        inner = gl.split(wide)
-        for j in gl.static_range(_known(FORM.tiles)):
-            if FORM.first[1] + j < 0:
-                x = loaded[s_m * PER_SHIFT + 1 + j]
-            elif FORM.first[1] + j < 2:
-                x = inner[_known(FORM.first[1] + j)]
-            else:
-                x = loaded[s_m * PER_SHIFT + 1 + j - 2 + max(FORM.first[1], 0)]
-            place = xs.index(at * FORM.all_tiles + s_m * FORM.tiles + j)
-            place.reshape([32, FORM.depth]).permute([1, 0]).store(x)
-
-
-@gluon.jit
-def _turn(x_ptr, xs, full, empty, sizes, tiles, work, length, FORM: gl.constexpr):
-    """Rows of a contiguous x, through registers: a row is loaded as soon as the one before it is out of them."""
-    LOADS: gl.constexpr = _loads(FORM) * FORM.shifts[0]
-    begin, end, rows = work
-    slot = 0
-    phase = 1
-    for group in range(begin // rows, (end + rows - 1) // rows):
-        row_0, _, last = _begin(group, work, FORM)
-        loaded = ()
-        for c in gl.static_range(2):
-            corner = _corner(2 * group + c, tiles, FORM)
-            loaded = loaded + _load_row(x_ptr, corner, row_0, sizes, 0, 0, FORM)
-        for row in range(row_0, last):
-            next_loaded = ()
-            for c in gl.static_range(2):
-                at = c * FORM.slots + slot
-                mbarrier.wait(empty.index(at), phase)
-                _put_row(loaded[c * LOADS : (c + 1) * LOADS], xs, at, FORM)
-                mbarrier.arrive(full.index(at), count=1)
-                if not FORM.burst:
-                    next_loaded = next_loaded + _load_next_row(x_ptr, group, c, row, sizes, tiles, length, FORM)
-            if FORM.burst:
-                for c in gl.static_range(2):
-                    next_loaded = next_loaded + _load_next_row(x_ptr, group, c, row, sizes, tiles, length, FORM)
-            loaded = next_loaded
-            slot += 1
-            if slot == FORM.slots:
-                slot = 0
-                phase ^= 1
-
-
-@gluon.jit
-def _produce(shared, FORM: gl.constexpr):
-    x_ptr, x, xs, full, empty, sizes, tiles, work, length = shared
-    if FORM.x_last:
-        _fetch(x, xs, full, empty, tiles, work, FORM)
-    else:
-        _turn(x_ptr, xs, full, empty, sizes, tiles, work, length, FORM)
-
-
-@gluon.jit
 def _read(xs, at, OPERAND: gl.constexpr, FORM: gl.constexpr):
     """The tiles of a step as they are read: combs, or x at each shift as the products' left operand."""
-    COMB: gl.constexpr = _comb_layout(FORM.depth, xs.dtype.primitive_bitwidth)
+    COMB: gl.constexpr = comb_layout(FORM.depth, xs.dtype.primitive_bitwidth)
     tiles = ()
-    for j in gl.static_range(_known(FORM.all_tiles)):
+    for j in gl.static_range(known(FORM.all_tiles)):
         tile = xs.index(at * FORM.all_tiles + j)
         if FORM.x_last:
-            tiles = _append(tiles, tile.reshape([64, FORM.depth]).load(OPERAND))
+            tiles = append(tiles, tile.reshape([64, FORM.depth]).load(OPERAND))
         else:
-            tiles = _append(tiles, tile.reshape([32, FORM.depth]).load(COMB))
+            tiles = append(tiles, tile.reshape([32, FORM.depth]).load(COMB))
     return tiles
 
 
@@ -281,16 +47,16 @@ def _read(xs, at, OPERAND: gl.constexpr, FORM: gl.constexpr):
 def _operands(tiles, OPERAND: gl.constexpr, FORM: gl.constexpr):
     """x at each shift, rounded. Row 16*warp + 8*h + lane of a comb's operand is pixel 2*(8*warp + lane) + h."""
     rounded = ()
-    for j in gl.static_range(_known(FORM.all_tiles)):
-        rounded = _append(rounded, _rounded_to_tf32(tiles[j]) if FORM.tf32 else tiles[j])
+    for j in gl.static_range(known(FORM.all_tiles)):
+        rounded = append(rounded, _rounded_to_tf32(tiles[j]) if FORM.tf32 else tiles[j])
     operands = rounded
     if not FORM.x_last:
         operands = ()
-        for s_m in gl.static_range(_known(FORM.shifts[0])):
-            for s_w in gl.static_range(_known(FORM.shifts[1])):
+        for s_m in gl.static_range(known(FORM.shifts[0])):
+            for s_w in gl.static_range(known(FORM.shifts[1])):
                 x = gl.join(rounded[s_m * FORM.tiles + s_w], rounded[s_m * FORM.tiles + s_w + 1])
                 x = x.reshape([4, 8, FORM.depth, 2]).permute([0, 3, 1, 2]).reshape([64, FORM.depth])
-                operands = _append(operands, gl.convert_layout(x, OPERAND, assert_trivial=False))
+                operands = append(operands, gl.convert_layout(x, OPERAND, assert_trivial=False))
     return operands
 
 
@@ -300,9 +66,9 @@ def _add_taps(acc, xs, ws, z, FRESH: gl.constexpr, TAPS: gl.constexpr):
     for i in gl.static_range(len(TAPS)):
         w = ws.index(TAPS[i][1] + z).permute([1, 0])
         if FRESH and i == 0:
-            acc = warpgroup_mma(xs[_known(TAPS[i][0])], w, acc, use_acc=False, is_async=True)
+            acc = warpgroup_mma(xs[known(TAPS[i][0])], w, acc, use_acc=False, is_async=True)
         else:
-            acc = warpgroup_mma(xs[_known(TAPS[i][0])], w, acc, is_async=True)
+            acc = warpgroup_mma(xs[known(TAPS[i][0])], w, acc, is_async=True)
     return acc
 
 
@@ -312,10 +78,10 @@ def _add(carried, zero, xs, ws, z, R: gl.constexpr, FIRST: gl.constexpr, COUNT: 
     accs = ()
     for e in gl.static_range(FIRST, FIRST + COUNT):
         if FORM.carried > R:
-            acc = _add_taps(carried[R * FORM.phases + e], xs, ws, z, False, _known(FORM.taps[R][e]))
+            acc = _add_taps(carried[R * FORM.phases + e], xs, ws, z, False, known(FORM.taps[R][e]))
         else:
-            acc = _add_taps(zero, xs, ws, z, True, _known(FORM.taps[R][e]))
-        accs = _append(accs, acc)
+            acc = _add_taps(zero, xs, ws, z, True, known(FORM.taps[R][e]))
+        accs = append(accs, acc)
     return accs
 
 
@@ -362,8 +128,8 @@ def _store_row(accs, out_ptr, corner, o_r, e_m: gl.constexpr, sizes, z, channel_
     plane = O_R * O_M * O_W + z * 16
     PER_PIXEL: gl.constexpr = FORM.C_out if FORM.out_last else 1
     PIXELS: gl.constexpr = 64 * FORM.joined
-    JOINED: gl.constexpr = _joined_columns(BITS, FORM.channels)
-    LAYOUT: gl.constexpr = _tile_layout(FORM, BITS)
+    JOINED: gl.constexpr = joined_columns(BITS, FORM.channels)
+    LAYOUT: gl.constexpr = tile_layout(FORM, BITS)
     PIXEL: gl.constexpr = gl.SliceLayout(FORM.out_last, LAYOUT)
     CHANNEL: gl.constexpr = gl.SliceLayout(1 - FORM.out_last, LAYOUT)
 
@@ -389,7 +155,7 @@ def _store_row(accs, out_ptr, corner, o_r, e_m: gl.constexpr, sizes, z, channel_
         base += channel_0 * (O_R * O_M * O_W)
         at = (channel * plane)[:, None] + at[None, :]
 
-    for e in gl.static_range(0, _known(FORM.stride[2]), _known(FORM.joined)):
+    for e in gl.static_range(0, known(FORM.stride[2]), known(FORM.joined)):
         y = accs[e]
         if FORM.out_last:
             y = y.reshape([4, 2, 8, FORM.channels // (8 * JOINED), JOINED, 4, 2])
@@ -417,11 +183,11 @@ def _store_row(accs, out_ptr, corner, o_r, e_m: gl.constexpr, sizes, z, channel_
         else:
             o_m = m * FORM.stride[1] + e_m + in_m
             exists = (n + image < N) & (o_m < O_M) & (w * FORM.stride[2] + e + in_row < O_W)
-            known = channel_0 + channel < FORM.C_out
+            named = channel_0 + channel < FORM.C_out
             if FORM.out_last:
-                gl.store(y_ptr, y, mask=exists[:, None] & known[None, :])
+                gl.store(y_ptr, y, mask=exists[:, None] & named[None, :])
             else:
-                gl.store(y_ptr, y, mask=exists[None, :] & known[:, None])
+                gl.store(y_ptr, y, mask=exists[None, :] & named[:, None])
 
 
 @gluon.jit
@@ -433,7 +199,7 @@ def _next(carried, zero, x, ws, z, INDEX: gl.constexpr, FORM: gl.constexpr):
         FIRST: gl.constexpr = INDEX % FORM.stride[1] * FORM.stride[2]
         accs = _add(carried, zero, x, ws, z, R, FIRST, FORM.stride[2], FORM)
     if INDEX + FORM.together == FORM.stored:
-        for r in gl.static_range(_known(FORM.stride[0]), _known(FORM.stride[0] + FORM.carried)):
+        for r in gl.static_range(known(FORM.stride[0]), known(FORM.stride[0] + FORM.carried)):
             more = _add(carried, zero, x, ws, z, r, 0, FORM.phases, FORM)
             # So many at a time that the compiler does not run out of registers, and makes each wait for the one before.
             if r < FORM.stride[0] + FORM.carried - 1:
@@ -458,11 +224,11 @@ def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
     phase = 0
     mbarrier.wait(loaded, 0)
     for group in range(begin // rows, (end + rows - 1) // rows):
-        row_0, first, last = _begin(group, work, FORM)
-        corner = _corner(2 * group + INDEX, tiles, FORM)
+        row_0, first, last = begin_of(group, work, FORM)
+        corner = corner_of(2 * group + INDEX, tiles, FORM)
         carried = ()
-        for _ in gl.static_range(_known(FORM.carried * FORM.phases)):
-            carried = _append(carried, gl.zeros([64, CHANNELS], gl.float32, layout=PRODUCT))
+        for _ in gl.static_range(known(FORM.carried * FORM.phases)):
+            carried = append(carried, gl.zeros([64, CHANNELS], gl.float32, layout=PRODUCT))
         for row in range(row_0, last):
             # Always 0, but the compiler does not know that, and it changes: otherwise the addresses of all taps are
             # worked out before the loop and do not fit into registers.
@@ -480,7 +246,7 @@ def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
 
             x = _operands(x_tiles, OPERAND, FORM)
             accs = _next(carried, zero, x, ws, z, 0, FORM)
-            for index in gl.static_range(_known(FORM.stored)):
+            for index in gl.static_range(known(FORM.stored)):
                 done = warpgroup_mma_wait(0, deps=accs + x)
                 x = done[len(accs) :]
                 if FORM.together and index == FORM.stored - 1:
@@ -533,7 +299,7 @@ def hopper_march_kernel(
     tiles_c = gl.num_programs(1)
 
     ws = gl.allocate_shared_memory(dtype, [TAPS, FORM.channels, FORM.depth], weight.layout)
-    xs = gl.allocate_shared_memory(dtype, _stacked(BARRIERS * FORM.all_tiles, FORM.tile), X_LAYOUT)
+    xs = gl.allocate_shared_memory(dtype, stacked(BARRIERS * FORM.all_tiles, FORM.tile), X_LAYOUT)
     cs = gl.allocate_shared_memory(gl.float32, [4, FORM.channels], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
@@ -566,7 +332,7 @@ def hopper_march_kernel(
     source = (x_ptr, x, xs, full, empty, sizes, tiles, work, length)
     rest = (out_ptr, xs, full, empty, ws, loaded, cs, sizes, tiles, work, length, channel_0, numbers)
     gl.warp_specialize(
-        [(_produce, (source, FORM)), (_consume, (0, rest, FORM)), (_consume, (1, rest, FORM))],
+        [(produce, (source, FORM)), (_consume, (0, rest, FORM)), (_consume, (1, rest, FORM))],
         [4, 4],
         [FORM.registers, FORM.registers],
     )

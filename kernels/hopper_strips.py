@@ -124,6 +124,7 @@ def configs_for(problem: Problem) -> tuple[Config, ...]:
         config
         for config in CONFIGS
         if not (config.burst if problem.x_last else config.together)
+        and (_carried(problem) or not config.together)
         and _fits_registers(problem, config)
         and shared_memory(problem, config) <= problem.shared_limit
         and (config.channels == 16 or config.channels < 2 * problem.C_out)
@@ -221,14 +222,20 @@ def _fits_registers(problem: Problem, config: Config) -> bool:
 
 def _consumer_registers(problem: Problem, config: Config) -> int:
     """For accumulators, and for x at each of its shifts."""
-    row, middle, column = turned(problem, problem.axes)
-    carried = max(row.kernel - row.stride, 0) * middle.stride * column.stride
+    _, middle, column = turned(problem, problem.axes)
+    carried = _carried(problem) * middle.stride * column.stride
     accumulators = max(carried, column.stride)
     if config.together:
         accumulators = max(accumulators, carried + column.stride)
     m, w = _shifts(problem)
     x = m * w * block_k_of(problem) * problem.dtype.itemsize // 4
     return STRIP * (accumulators * config.channels + x) // 128
+
+
+def _carried(problem: Problem) -> int:
+    """Output rows that wait for more rows of x."""
+    row, *_ = turned(problem, problem.axes)
+    return max(row.kernel - row.stride, 0)
 
 
 def _producer_registers(problem: Problem) -> float:
