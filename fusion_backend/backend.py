@@ -113,7 +113,7 @@ def fuse(gm: fx.GraphModule, options: opt.Options, example_inputs: Sequence[Any]
 
 def _rewrite(decision: Decision, packed: PackedInputs) -> bool:
     """Put the kernel in; say whether anything changed. The site is read anew: one before it may hold its operands."""
-    site, choice = match(decision.node), decision.choice
+    site, choice = match(decision.node, bare=True), decision.choice
     if not isinstance(site, Site) or choice is None:
         return False
     if choice.training:

@@ -100,7 +100,7 @@ def test_auto_takes_the_fused_kernel_where_it_is_measured_to_be_faster() -> None
         sites = explain(model, X).sites
     assert [site.kernel for site in sites] == ["fused", "fused"]
     assert all("times the speed of Inductor at the most similar measured case, seed" in site.reason for site in sites)
-    assert all("march" in site.reason for site in sites)
+    assert all("march" in site.reason and "144 KiB for the packed weight" in site.reason for site in sites)
     assert [site.kernel for site in explain(model, X).sites] == ["inductor", "inductor"]  # with gradients
 
 
@@ -171,6 +171,36 @@ def test_the_ways_in_which_users_run_models(how: str) -> None:
         for N in (4, 5):
             x = torch.randn(N, *X.shape[1:])
             torch.testing.assert_close(compiled(x), model(x), **tolerance)
+
+
+@pytest.mark.usefixtures("on_h200")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_among_ordinary_convolutions_a_site_is_taken_in_channels_last_alone(memory_format: torch.memory_format) -> None:
+    model = nn.Sequential(nn.Conv2d(64, 64, 1), nn.ConvTranspose2d(64, 64, 3, 2, 1, 1)).eval()
+    model, x = model.to(memory_format=memory_format), X.to(memory_format=memory_format)
+    with torch.no_grad():
+        (site,) = explain(model, x).sites
+    taken = memory_format == torch.channels_last
+    assert site.kernel == ("fused" if taken else "inductor")
+    assert ("a contiguous one among them is not measured" in site.reason) == (not taken)
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_a_bare_convolution_is_taken_where_that_is_faster() -> None:
+    """As in nnU-Net: no bias, and a concatenation behind."""
+    conv = nn.ConvTranspose2d(64, 64, 3, 2, 1, 1, bias=False).eval()
+
+    def model(x: Tensor) -> Tensor:
+        return torch.cat([conv(x), conv(x) * 2])
+
+    compiled = torch.compile(model, backend=fused_post, options=OPTIONS)
+    with torch.no_grad():
+        report = explain(model, X)
+        torch.testing.assert_close(compiled(X), model(X))
+        unmeasured = explain(model, X[:, :, :2, :2]).sites
+    assert [(site.kernel, site.equation) for site in report.sites] == [("fused", "y = x"), ("fused", "y = 2*x")]
+    assert [site.matched for site in unmeasured] == [False, True]
+    assert not any(site.kernel == "fused" for site in explain(model, X.requires_grad_()).sites)
 
 
 def test_a_gpu_that_is_not_measured_is_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
