@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusion_backend.evidence import LEAST_SPEEDUP, Prediction, gpu_name, predict
 from fusion_backend.kernels.arguments import axes_for
+from fusion_backend.kernels.plans import choose_plan
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.support import why_unsupported
@@ -68,8 +69,9 @@ def choose(site: Site, requested: str, functions: frozenset[str] = frozenset()) 
         return _auto(site, problem or why_not_measured(site, functions), trains, saves)
     if problem:
         return _inductor(site, f"the {requested} kernel cannot run: {problem}", saves)
-    plan = measured_plan(site) if requested == "fused" and not trains else None
-    return Choice(requested, "asked for", trains, plan.plan if isinstance(plan, Prediction) else None)
+    return Choice(
+        requested, "asked for", trains, _plan_asked_for(site) if requested == "fused" and not trains else None
+    )
 
 
 def _auto(site: Site, problem: str | None, trains: bool, saves: bool) -> Choice:
@@ -85,6 +87,15 @@ def _auto(site: Site, problem: str | None, trains: bool, saves: bool) -> Choice:
         return _inductor(site, f"the fused kernel is predicted to have {faster}", saves)
     packed = f"{found.packed_bytes / 1024:.0f} KiB for the packed weight"
     return Choice("fused", f"predicted to have {faster}, by {found.plan}; {packed}", plan=found.plan)
+
+
+def _plan_asked_for(site: Site) -> str | None:
+    """The measured one or, where nothing is measured, the rule's; None where sizes are unknown."""
+    measured = measured_plan(site)
+    if isinstance(measured, Prediction):
+        return measured.plan
+    found = problem_of(site)
+    return choose_plan(*found).name if found else None
 
 
 def why_not_measured(site: Site, functions: frozenset[str]) -> str | None:
