@@ -18,8 +18,8 @@ from torch._dynamo.exc import RestartAnalysis
 from fusion_backend import options as opt
 from fusion_backend import rewrite
 from fusion_backend.choice import problem_of
+from fusion_backend.derived import DerivedInputs
 from fusion_backend.kernels.plans import plan_named
-from fusion_backend.packing import PackedInputs
 from fusion_backend.patterns.site import Site, find_convolutions, match
 from fusion_backend.plan import Decision, make_plan
 from fusion_backend.report import describe
@@ -53,7 +53,7 @@ def fused_post(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any)
         return inductor(gm, example_inputs)
     try:
         with torch.compiler.config.patch(cache_key_tag=cache_key_tag()):  # type: ignore[attr-defined]
-            return fused.packed.wrap(inductor(gm, [*example_inputs, *fused.packed.examples]))
+            return fused.derived.wrap(inductor(gm, [*example_inputs, *fused.derived.examples]))
     except RestartAnalysis:
         raise
     except Exception as error:
@@ -70,7 +70,7 @@ class Fused:
 
     plan: tuple[Decision, ...]
     originals: dict[fx.GraphModule, fx.Graph]
-    packed: PackedInputs
+    derived: DerivedInputs
 
     @property
     def has_kernels(self) -> bool:
@@ -88,7 +88,7 @@ def _restore(originals: dict[fx.GraphModule, fx.Graph]) -> None:
 def fuse(gm: fx.GraphModule, options: opt.Options, example_inputs: Sequence[Any] = ()) -> Fused:
     """Rewrite copies of ``gm``'s graphs according to its plan, and give it those. On an exception ``gm`` is as it was.
 
-    Without ``example_inputs`` no weight is packed outside the graph. (Copies, since Dynamo goes on to read its own.)
+    Without ``example_inputs`` nothing is derived outside the graph. (Copies, since Dynamo goes on to read its own.)
     """
     originals = {module: module.graph for module in map(_module, find_convolutions(gm))}
     for module, graph in originals.items():
@@ -96,9 +96,9 @@ def fuse(gm: fx.GraphModule, options: opt.Options, example_inputs: Sequence[Any]
     try:
         plan = make_plan(gm, options)
         log.debug("%s", describe(plan))
-        packed = PackedInputs(gm, example_inputs)
+        derived = DerivedInputs(gm, example_inputs)
         matched = [decision for decision in plan if decision.kernel is not None]
-        rewritten = [_rewrite(decision, packed) for decision in matched]
+        rewritten = [_rewrite(decision, derived) for decision in matched]
         if not any(rewritten):
             _restore(originals)
         for module in originals if any(rewritten) else ():
@@ -108,23 +108,23 @@ def fuse(gm: fx.GraphModule, options: opt.Options, example_inputs: Sequence[Any]
         _restore(originals)
         raise
     log.info("%d transposed convolutions, %d matched, %d rewritten", len(plan), len(matched), sum(rewritten))
-    return Fused(plan, originals, packed)
+    return Fused(plan, originals, derived)
 
 
-def _rewrite(decision: Decision, packed: PackedInputs) -> bool:
+def _rewrite(decision: Decision, derived: DerivedInputs) -> bool:
     """Put the kernel in; say whether anything changed. The site is read anew: one before it may hold its operands."""
-    site, choice = match(decision.node), decision.choice
+    site, choice = match(decision.node, bare=True), decision.choice
     if not isinstance(site, Site) or choice is None:
         return False
     if choice.training:
         # A GPU adds a convolution's bias in a pass of its own, a CPU does not.
         return rewrite.use_training(site, fused=choice.kernel == "fused", leave_bias=choice.kernel == "inductor")
     if choice.kernel == "fused":
-        return rewrite.use_fused(site, choice.plan, _packed(site, choice.plan, packed))
-    return rewrite.use_epilogue(site) if choice.kernel == "epilogue" else rewrite.fold(site)
+        return rewrite.use_fused(site, choice.plan, _packed(site, choice.plan, derived), derived.add)
+    return rewrite.use_epilogue(site, derived.add) if choice.kernel == "epilogue" else rewrite.fold(site)
 
 
-def _packed(site: Site, plan_name: str | None, packed: PackedInputs) -> fx.Node | None:
+def _packed(site: Site, plan_name: str | None, derived: DerivedInputs) -> fx.Node | None:
     """The input for the site's packed weight; None where the operator is to pack it in every call."""
     weight, found = site.convolution.weight, problem_of(site) if plan_name else None
     if plan_name is None or found is None or weight is None:
@@ -134,7 +134,7 @@ def _packed(site: Site, plan_name: str | None, packed: PackedInputs) -> fx.Node 
     problem, _ = found
     plan = plan_named(problem, plan_name)
     assert plan is not None, "a plan that was chosen fits"
-    return packed.add(weight, lambda tensor: conv_transpose.pack_for(plan, tensor.to(problem.dtype), problem))
+    return derived.add([weight], lambda tensor: conv_transpose.pack_for(plan, tensor.to(problem.dtype), problem))
 
 
 def _module(node: fx.Node) -> fx.GraphModule:

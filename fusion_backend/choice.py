@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusion_backend.evidence import LEAST_SPEEDUP, Prediction, gpu_name, predict
 from fusion_backend.kernels.arguments import axes_for
+from fusion_backend.kernels.plans import choose_plan
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.support import why_unsupported
@@ -65,16 +66,17 @@ def choose(site: Site, requested: str, functions: frozenset[str] = frozenset()) 
     if not problem and (requested != "epilogue" or trains) and site.convolution.weight is None:
         problem = "the convolution is a module call, which keeps its weight to itself"
     if requested == "auto":
-        return _auto(site, problem, trains, saves)
+        return _auto(site, problem or why_not_measured(site, functions), trains, saves)
     if problem:
         return _inductor(site, f"the {requested} kernel cannot run: {problem}", saves)
-    plan = measured_plan(site) if requested == "fused" and not trains else None
-    return Choice(requested, "asked for", trains, plan.plan if isinstance(plan, Prediction) else None)
+    return Choice(
+        requested, "asked for", trains, _plan_asked_for(site) if requested == "fused" and not trains else None
+    )
 
 
 def _auto(site: Site, problem: str | None, trains: bool, saves: bool) -> Choice:
     if problem:
-        return _inductor(site, f"no kernel of ours can run: {problem}", saves)
+        return _inductor(site, f"no kernel of ours is taken: {problem}", saves)
     if trains:
         return _inductor(site, "no kernel of ours is measured to be faster in training", saves)
     found = measured_plan(site)
@@ -83,7 +85,32 @@ def _auto(site: Site, problem: str | None, trains: bool, saves: bool) -> Choice:
     faster = f"{found.speedup:.2f} times the speed of Inductor at the most similar measured case, {found.case}"
     if found.speedup < LEAST_SPEEDUP:
         return _inductor(site, f"the fused kernel is predicted to have {faster}", saves)
-    return Choice("fused", f"predicted to have {faster}, by {found.plan}", plan=found.plan)
+    packed = f"{found.packed_bytes / 1024:.0f} KiB for the packed weight"
+    return Choice("fused", f"predicted to have {faster}, by {found.plan}; {packed}", plan=found.plan)
+
+
+def _plan_asked_for(site: Site) -> str | None:
+    """The measured one or, where nothing is measured, the rule's; None where sizes are unknown."""
+    measured = measured_plan(site)
+    if isinstance(measured, Prediction):
+        return measured.plan
+    found = problem_of(site)
+    return choose_plan(*found).name if found else None
+
+
+def why_not_measured(site: Site, functions: frozenset[str]) -> str | None:
+    """Why measurements of a site alone do not hold for this one, in a graph that calls ``functions``; None: they do.
+
+    Inductor lays two-dimensional convolutions out channels_last, whatever the user's layout, and so what is between
+    them. A contiguous site among them would have copies on both sides, which a site alone has in Inductor only.
+    """
+    others = any(name.split(".")[0] in ("conv2d", "convolution", "cudnn_convolution") for name in functions)
+    if site.convolution.rank == 2 and others and not layout_of(site.convolution.value)[0]:
+        return (
+            "Inductor chooses the layout of the convolutions beside it, and a contiguous one among them is not "
+            "measured; a model in torch.channels_last is"
+        )
+    return None
 
 
 def measured_plan(site: Site) -> Prediction | str:

@@ -51,6 +51,7 @@ class Prediction:
     plan: str
     speedup: float
     case: str
+    packed_bytes: int  # of the weight as the plan reads it
 
 
 def predict(problem: Problem, shape: Sequence[int], gpu: str) -> Prediction | str:
@@ -67,7 +68,7 @@ def predict(problem: Problem, shape: Sequence[int], gpu: str) -> Prediction | st
         return f"no measured case on {gpu} is like it"
     # A case of the very same sizes says all; else the two nearest must agree.
     deciding = near[:1] if near[0][0] < SAME else near[:2]
-    fitting = {plan.name for plan in plans_for(problem)}
+    fitting = {plan.name: plan.packed_bytes(problem) for plan in plans_for(problem)}
     predictions = [_prediction(case, fitting) for _, case in deciding]
     if any(prediction is None for prediction in predictions):
         return f"at a most similar measured case, {near[0][1].name}, no plan of ours that fits here was right"
@@ -75,12 +76,12 @@ def predict(problem: Problem, shape: Sequence[int], gpu: str) -> Prediction | st
     return replace(nearest, speedup=min(each.speedup for each in (nearest, *others)))
 
 
-def _prediction(case: Case, fitting: set[str]) -> Prediction | None:
+def _prediction(case: Case, fitting: dict[str, int]) -> Prediction | None:
     known = {name: ms for name, ms in case.plans.items() if name in fitting}
     if not known:
         return None
     plan = min(known, key=known.__getitem__)
-    return Prediction(plan, case.peer / known[plan], case.name)
+    return Prediction(plan, case.peer / known[plan], case.name, fitting[plan])
 
 
 def kind_of(problem: Problem) -> tuple[Any, ...]:

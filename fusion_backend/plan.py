@@ -31,6 +31,12 @@ def make_plan(module: fx.GraphModule, options: Options) -> tuple[Decision, ...]:
 
     def decide(node: fx.Node) -> Decision:
         found = match(node)
-        return Decision(node, found, choose(found, options.kernel, called) if isinstance(found, Site) else None)
+        if isinstance(found, Site):
+            return Decision(node, found, choose(found, options.kernel, called))
+        bare = match(node, bare=True)
+        choice = choose(bare, options.kernel, called) if isinstance(bare, Site) else None
+        if isinstance(bare, Site) and choice is not None and choice.kernel == "fused":
+            return Decision(node, bare, choice)
+        return Decision(node, found, None)
 
     return tuple(decide(node) for node in find_convolutions(module))

@@ -9,11 +9,13 @@ rule, read off benchmarks/results/conv_transpose_nvidia-h200.json: march where i
 where taps read x at odd addresses. Everything is worked out without a GPU and without triton.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fusion_backend.kernels import strips, tiling
 from fusion_backend.kernels.problem import SMALLEST_EDGE, Problem
+from fusion_backend.kernels.rounding import cdiv
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,17 @@ class Plan:
             size = f"{self.config.rows}x{self.config.columns}x{self.config.depth_bytes}"
         turned = "turned " if self.turned else ""
         return f"{turned}{size}, {self.config.num_warps} warps, {self.config.num_stages} stages"
+
+    def packed_bytes(self, problem: Problem) -> int:
+        """Of the weight as the kernel reads it, filled up to whole blocks."""
+        taps = math.prod(axis.kernel for axis in problem.axes)
+        if isinstance(self.config, strips.Config):
+            C_out = cdiv(problem.C_out, self.config.channels) * self.config.channels
+            return taps * C_out * strips.block_k_of(problem) * problem.dtype.itemsize
+        cut = tiling.tiling_for(self.problem(problem), self.config)
+        assert cut is not None, "a plan fits"
+        C_in = cdiv(problem.C_in, cut.block_k) * cut.block_k
+        return taps * problem.groups * problem.C_out * C_in * problem.dtype.itemsize
 
     def problem(self, problem: Problem) -> Problem:
         """What is left of the problem where x has been turned."""

@@ -97,7 +97,8 @@ def choose_tiling(problem: Problem) -> Tiling:
     Where phases are joined on their way to a contiguous output, four warps are faster than eight: measured.
     """
     fitting = tuple(tilings(problem))
-    few_warps = tuple(tiling for tiling in fitting if tiling.joined > 1 and tiling.config.num_warps <= FEW_WARPS)
+    joined = tuple(tiling for tiling in fitting if tiling.joined > 1 and not problem.exact)
+    few_warps = tuple(tiling for tiling in joined if tiling.config.num_warps <= FEW_WARPS)
     for tiling in (*few_warps, *fitting):
         if guard_or_true(tiling.programs >= ENOUGH_PROGRAMS):
             return tiling

@@ -29,7 +29,7 @@ from fusion_backend.patterns.vocabulary import Call, read_call, word
 class Site:
     """A transposed convolution and the pointwise tail behind it.
 
-    ``tail``    the folded nodes, first to last; may be empty where the convolution has a bias
+    ``tail``    the folded nodes, first to last; may be empty where the convolution has a bias, or is bare
     ``aliases`` the nodes that name the tail's result (the last of the tail, and what it updated in place; the
                 convolution where there is no tail)
     ``steps``   what the tail does, one entry an affine or clamp step
@@ -84,8 +84,12 @@ def find_sites(module: fx.GraphModule) -> Iterator[Site | Miss]:
     return map(match, find_convolutions(module))
 
 
-def match(node: fx.Node) -> Site | Miss:
-    """The site that starts at ``node``, or why there is none."""
+def match(node: fx.Node, bare: bool = False) -> Site | Miss:
+    """The site that starts at ``node``, or why there is none.
+
+    ``bare``: a convolution with neither bias nor tail is one too, unless a gradient flows through it. There is nothing
+    to fold in it, but another convolution may be faster.
+    """
     convolution = read_convolution(node)
     if convolution is None:
         return Miss("not a transposed convolution", node, word(node))
@@ -94,7 +98,7 @@ def match(node: fx.Node) -> Site | Miss:
     walk = _Walk(convolution)
     end = walk.down()
     bias = _bias(convolution)
-    if not walk.tail and bias is None:
+    if not walk.tail and bias is None and (walk.trains or not bare):
         return end
     form, biased = algebra.fold(walk.steps), algebra.fold([*(bias or ()), *walk.steps])
     if isinstance(form, Refusal) or isinstance(biased, Refusal):

@@ -49,7 +49,7 @@ def test_a_site_says_everything_that_is_promised() -> None:
     first = Seed.forward.__code__.co_firstlineno + 1
     assert lines == [f"test_explain.py:{first + i}" for i in range(4)]
     assert (
-        "no kernel of ours can run: device type cpu is not a CUDA or ROCm GPU; 5 operations folded into 2"
+        "no kernel of ours is taken: device type cpu is not a CUDA or ROCm GPU; 5 operations folded into 2"
         in site.reason
     )
 

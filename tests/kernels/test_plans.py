@@ -53,8 +53,9 @@ def test_the_rule_takes_one_that_fits() -> None:
     ("problem", "begins"),
     [
         (SEED, "march 64x64"),
-        (WIDE, "turned 128x"),  # taps at odd addresses
-        (replace(WIDE, x_last=True), "128x"),
+        (WIDE, "turned 64x128"),  # taps at odd addresses
+        (replace(WIDE, x_last=True), "64x128"),
+        (replace(WIDE, x_last=True, out_last=True), "128x"),
         (DOWN, "128x"),  # no tap moves
         (DEPTHWISE, "256x8"),
         (EXACT, "128x64"),
@@ -63,6 +64,17 @@ def test_the_rule_takes_one_that_fits() -> None:
 def test_what_the_rule_takes(problem: Problem, begins: str) -> None:
     shape = (128, problem.C_in * problem.groups, *(128,) * sum(axis != Axis() for axis in problem.axes))
     assert choose_plan(problem, shape).name.startswith(begins)
+
+
+def test_what_the_packed_weight_takes() -> None:
+    pytest.importorskip("triton")
+    from fusion_backend.kernels.conv_transpose import pack_for
+
+    for problem in EVERYTHING:
+        kernel = [axis.kernel for axis in problem.axes]
+        weight = torch.empty(problem.C_in * problem.groups, problem.C_out, *kernel, dtype=problem.dtype)
+        for plan in plans_for(problem):
+            assert pack_for(plan, weight, problem).nbytes == plan.packed_bytes(problem)
 
 
 def test_only_a_contiguous_x_is_turned() -> None:
