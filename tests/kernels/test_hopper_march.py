@@ -229,7 +229,7 @@ def test_inductor_compiles_around_the_operator(hopper: str) -> None:
     x, weight = K3S2.tensors(torch.bfloat16, hopper, True)
 
     def model(x: torch.Tensor) -> torch.Tensor:
-        return operator(K3S2, x * 2, weight).relu()
+        return operator(K3S2, x * 2, weight, channels_last=True).relu()
 
     y = torch.compile(model, fullgraph=True)(x)
     assert is_laid_out(y, True)
