@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+pytest.importorskip("triton")
+
 from fusion_backend.kernels.hopper_form import Form
 from fusion_backend.kernels.hopper_strips import Config, form_for, march_for
 from fusion_backend.kernels.phases import Axis
