@@ -372,11 +372,11 @@ class ModelNew(nn.Module):
 
     def packed_weight(self, block_c, block_k):
         # Made anew where the weight is another or was written to. Holding the old one keeps its address from reuse.
-        weight = self.conv_transpose.weight
+        weight = self.conv_transpose.weight.detach()
         version = None if weight.is_inference() else weight._version
         key = (version, weight.data_ptr(), block_c, block_k)
         if self.packed is None or self.packed[0] != key or version is None:
-            self.packed = (key, weight.detach(), pack(weight, block_c, block_k))
+            self.packed = (key, weight, pack(weight, block_c, block_k))
         return self.packed[2]
 
     def forward(self, x):

@@ -133,6 +133,8 @@ def test_packs_the_weight_again_when_it_is_another_or_was_written_to(module):
             change()
         assert packed() is not before
     assert list(model.state_dict()) == ["bias", "conv_transpose.weight", "conv_transpose.bias"]
+    with torch.inference_mode():
+        packed()
     model = copy.deepcopy(model)
     packed()
     with torch.inference_mode():
@@ -140,7 +142,7 @@ def test_packs_the_weight_again_when_it_is_another_or_was_written_to(module):
         assert packed() is not packed()
 
 
-def test_leaves_to_the_convolution_what_the_march_does_not_take(module):
+def test_leaves_to_the_convolution_what_the_march_does_not_take(module, monkeypatch):
     def takes(*arguments, shape=(2, 16, 5, 7), x=torch.float32, weight=torch.float32, bias=16) -> bool:
         model = module.ModelNew(*(arguments or (16, 16, 3, 2, 1, 1)), (bias, 1, 1), 2.0).to(weight)
         return module.march_takes(torch.empty(shape, dtype=x), model.conv_transpose, model.bias)
@@ -162,9 +164,9 @@ def test_leaves_to_the_convolution_what_the_march_does_not_take(module):
         assert not takes(16, 16, (1, 3), (1, 2), (0, 1), (0, 1))
         with torch.autocast("cpu", torch.bfloat16):
             assert not takes()
-        with mock.patch.object(torch.backends.cudnn, "allow_tf32", False):
-            assert not takes()
-            assert takes(x=torch.float16, weight=torch.float16)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        assert not takes()
+        assert takes(x=torch.float16, weight=torch.float16)
 
 
 def test_leaves_a_model_that_learns_to_the_convolution(module):
