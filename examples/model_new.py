@@ -89,8 +89,8 @@ def row_march_kernel(
     FIRST: tl.constexpr = -((KERNEL_W - 1 - PADDING_W) // STRIDE_W)
     SHIFTS: tl.constexpr = (PADDING_W + STRIDE_W - 1) // STRIDE_W + 1 - FIRST
     CARRIED: tl.constexpr = KERNEL_H - STRIDE_H if KERNEL_H > STRIDE_H else 0
-    # Two phases side by side make the accesses to a contiguous output twice as wide.
-    JOINED: tl.constexpr = 2 if STRIDE_W == 2 and not CHANNELS_LAST else 1
+    # Two or four phases interleaved make the accesses to a contiguous output as many times as wide.
+    JOINED: tl.constexpr = STRIDE_W if (STRIDE_W == 2 or STRIDE_W == 4) and not CHANNELS_LAST else 1
     TILES: tl.constexpr = (C_OUT + BLOCK_C - 1) // BLOCK_C
     X_STEP: tl.constexpr = C_IN if CHANNELS_LAST else 1
     OUT_STEP: tl.constexpr = C_OUT if CHANNELS_LAST else 1
@@ -181,7 +181,11 @@ def row_march_kernel(
                     if CHANNELS_LAST:
                         tl.store(outs_ptr[None, :] + at[:, None], phases[e], mask=inside[:, None] & known[None, :])
                     else:
-                        y = tl.join(phases[e], phases[e + 1]) if JOINED == 2 else phases[e]
+                        y = phases[e]
+                        if JOINED == 2:
+                            y = tl.join(y, phases[e + 1])
+                        elif JOINED == 4:
+                            y = tl.join(tl.join(y, phases[e + 2]), tl.join(phases[e + 1], phases[e + 3]))
                         y = y.reshape(BLOCK_P, BLOCK_C, JOINED).permute(1, 0, 2).reshape(BLOCK_C, BLOCK_P * JOINED)
                         tl.store(outs_ptr[:, None] + at[None, :], y, mask=inside[None, :] & known[:, None])
         carried = begun
@@ -393,14 +397,6 @@ class ModelNew(nn.Module):
 
             # cuDNN's channels_last convolution and the conversion of the smaller x together beat its NCHW convolution.
             # The convolution's own bias would be one more pass over the output: it goes into the kernel.
-            y = nn.functional.conv_transpose2d(
-                x.contiguous(memory_format=torch.channels_last),
-                conv.weight,
-                None,
-                conv.stride,
-                conv.padding,
-                conv.output_padding,
-                conv.groups,
-                conv.dilation,
-            )
+            x = x.contiguous(memory_format=torch.channels_last)
+            y = nn.functional.conv_transpose2d(x, conv.weight, None, conv.stride, conv.padding, conv.output_padding)
             return shift_clamp_(y, conv.bias, self.bias, self.lo, self.hi)
