@@ -383,20 +383,19 @@ class ModelNew(nn.Module):
             self.packed = (key, weight, pack(weight, block_c, block_k))
         return self.packed[2]
 
+    # The kernels have no gradient: a backward through the result raises instead of being wrong.
+    @torch.no_grad()
     def forward(self, x):
         conv = self.conv_transpose
-        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.parameters()))
-        # The kernels have no gradient: a backward through the result raises instead of being wrong.
-        with torch.no_grad():
-            if not learns and march_takes(x, conv, self.bias):
-                last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-                blocks = choose_blocks(x, conv, last)
-                if blocks is not None:
-                    packed = self.packed_weight(*blocks[:2])
-                    return row_march(x, conv, packed, self.bias, self.lo, self.hi, last, *blocks)
+        if march_takes(x, conv, self.bias):
+            last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+            blocks = choose_blocks(x, conv, last)
+            if blocks is not None:
+                packed = self.packed_weight(*blocks[:2])
+                return row_march(x, conv, packed, self.bias, self.lo, self.hi, last, *blocks)
 
-            # cuDNN's channels_last convolution and the conversion of the smaller x together beat its NCHW convolution.
-            # The convolution's own bias would be one more pass over the output: it goes into the kernel.
-            x = x.contiguous(memory_format=torch.channels_last)
-            y = nn.functional.conv_transpose2d(x, conv.weight, None, conv.stride, conv.padding, conv.output_padding)
-            return shift_clamp_(y, conv.bias, self.bias, self.lo, self.hi)
+        # cuDNN's channels_last convolution and the conversion of the smaller x together beat its NCHW convolution.
+        # The convolution's own bias would be one more pass over the output: it goes into the kernel.
+        x = x.contiguous(memory_format=torch.channels_last)
+        y = nn.functional.conv_transpose2d(x, conv.weight, None, conv.stride, conv.padding, conv.output_padding)
+        return shift_clamp_(y, conv.bias, self.bias, self.lo, self.hi)
