@@ -5,9 +5,10 @@
 
 Needs a GPU; without one the exit code is 2. Each contender is checked before it is timed: every element written, and
 the error against float64. All of a row run in turn, each as a CUDA graph of one call, on a cold cache: what is compared
-is the device's time. Ours get a packed weight, as where it is frozen; "ours, packing" also packs it. Rows are prepared
-(compiled and checked) by many processes at once, and then measured one after the other while all others wait. The data
-go to benchmarks/results as JSON after every row. Exit code 1 where a contender of ours is wrong or fails.
+is the device's time. The kernels alone get a packed weight and ready coefficients; "ours, packing" also packs; and
+"fused_post" is the model compiled by the backend, the fused kernel asked for, with all that belongs to a call. Rows
+are prepared (compiled and checked) by many processes at once, and then measured one after the other while all others
+wait. The data go to benchmarks/results as JSON after every row. Exit code 1 where one of ours is wrong or fails.
 
 "sweep" is the seed's shape grown and shrunk by powers of two, and shapes of U-Nets, GANs, vocoders and volumes: what
 ``auto`` chooses by (``python -m benchmarks.evidence``).
@@ -35,6 +36,8 @@ from torch import Tensor, nn
 
 from benchmarks.cases import CASES, Case
 from benchmarks.measure import TOLERANCE, environment, in_turn, summary
+from benchmarks.sites import backend
+from fusion_backend import evidence
 from fusion_backend.kernels import conv_transpose as kernels
 from fusion_backend.kernels import epilogue, hopper_march, hopper_strips, row_march
 from fusion_backend.kernels.coefficients import reference as pointwise
@@ -154,6 +157,12 @@ class Row:
         return function(x, weight, None, case.stride, case.padding, case.output_padding)
 
     @property
+    def compiled_plan(self) -> str:
+        """What the backend gives the model where it is asked for the fused kernel."""
+        found = evidence.predict(self.problem, self.x.shape, torch.cuda.get_device_name())
+        return found.plan if isinstance(found, evidence.Prediction) else self.chosen.name
+
+    @property
     def chosen(self) -> Plan:
         return choose_plan(self.problem, self.x.shape)
 
@@ -173,6 +182,10 @@ class Row:
         contenders["ours, packing"] = self.ours(chosen, packing=True)
         contenders["cudnn convolution alone"] = self.convolution
         contenders["eager"] = lambda: self.model(self.x)
+        if inductor:
+            options = {"fused_post.kernel": "fused", "fused_post.strict": True}
+            fused = torch.compile(self.model, backend=backend(), fullgraph=True, dynamic=False, options=options)
+            contenders["fused_post"] = lambda: fused(self.x)
         for name in inductor:
             # Without CUDA graphs of their own, since every contender is run as one.
             mode = "max-autotune-no-cudagraphs" if name.endswith("autotune") else None
@@ -223,6 +236,8 @@ class Row:
             columns[name]["speed"] = best / columns[name]["ms"]
             columns[name]["gb_per_s"] = moved / columns[name]["ms"] / 1e6
         columns[self.chosen.name]["chosen"] = True
+        if "fused_post" in columns:
+            columns["fused_post"]["plan"] = self.compiled_plan
         return columns
 
 
@@ -253,7 +268,7 @@ def as_graph(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def is_ours(name: str) -> bool:
-    return "warps" in name or name.startswith(("ours", "hopper"))
+    return "warps" in name or name.startswith(("ours", "hopper", "fused_post"))
 
 
 def show(title: str, columns: dict[str, dict[str, object]]) -> None:

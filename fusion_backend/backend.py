@@ -17,10 +17,7 @@ from torch._dynamo.exc import RestartAnalysis
 
 from fusion_backend import options as opt
 from fusion_backend import rewrite
-from fusion_backend.choice import problem_of
-from fusion_backend.derived import DerivedInputs
-from fusion_backend.kernels.plans import plan_named
-from fusion_backend.patterns.site import Site, find_convolutions, match
+from fusion_backend.patterns.site import Site, match
 from fusion_backend.plan import Decision, make_plan
 from fusion_backend.report import describe
 
@@ -40,7 +37,7 @@ def fused_post(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any)
     options, rest = opt.parse(kwargs.get("options"))
     inductor = opt.inductor(kwargs.get("mode"), rest)
     try:
-        fused = fuse(gm, options, example_inputs)
+        fused = fuse(gm, options)
     except Exception:
         if options.strict:
             raise
@@ -53,7 +50,7 @@ def fused_post(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any)
         return inductor(gm, example_inputs)
     try:
         with torch.compiler.config.patch(cache_key_tag=cache_key_tag()):  # type: ignore[attr-defined]
-            return fused.derived.wrap(inductor(gm, [*example_inputs, *fused.derived.examples]))
+            return inductor(gm, example_inputs)
     except RestartAnalysis:
         raise
     except Exception as error:
@@ -66,52 +63,40 @@ def fused_post(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any)
 
 @dataclass(frozen=True)
 class Fused:
-    """A graph module that was rewritten according to ``plan``, the graphs it had before, and the inputs it got."""
+    """A graph module that was rewritten according to ``plan``, and the graphs it had before."""
 
     plan: tuple[Decision, ...]
     originals: dict[fx.GraphModule, fx.Graph]
-    derived: DerivedInputs
 
     @property
     def has_kernels(self) -> bool:
         return any(decision.choice is not None and decision.choice.uses_operator for decision in self.plan)
 
     def undo(self) -> None:
-        _restore(self.originals)
+        for module, graph in self.originals.items():
+            module.graph = graph
 
 
-def _restore(originals: dict[fx.GraphModule, fx.Graph]) -> None:
-    for module, graph in originals.items():
-        module.graph = graph
-
-
-def fuse(gm: fx.GraphModule, options: opt.Options, example_inputs: Sequence[Any] = ()) -> Fused:
-    """Rewrite copies of ``gm``'s graphs according to its plan, and give it those. On an exception ``gm`` is as it was.
-
-    Without ``example_inputs`` nothing is derived outside the graph. (Copies, since Dynamo goes on to read its own.)
-    """
-    originals = {module: module.graph for module in map(_module, find_convolutions(gm))}
-    for module, graph in originals.items():
-        module.graph = _copy(graph)
+def fuse(gm: fx.GraphModule, options: opt.Options) -> Fused:
+    """Rewrite ``gm`` in place according to its plan. On an exception ``gm`` is as it was."""
+    plan = make_plan(gm, options)
+    log.debug("%s", describe(plan))
+    matched = [decision for decision in plan if decision.kernel is not None]
+    modules = {_module(decision.node) for decision in matched}
+    fused = Fused(plan, {module: _copy(module.graph) for module in modules})
     try:
-        plan = make_plan(gm, options)
-        log.debug("%s", describe(plan))
-        derived = DerivedInputs(gm, example_inputs)
-        matched = [decision for decision in plan if decision.kernel is not None]
-        rewritten = [_rewrite(decision, derived) for decision in matched]
-        if not any(rewritten):
-            _restore(originals)
-        for module in originals if any(rewritten) else ():
+        rewritten = [_rewrite(decision) for decision in matched]
+        for module in modules if any(rewritten) else ():
             module.graph.lint()
             module.recompile()
     except Exception:
-        _restore(originals)
+        fused.undo()
         raise
     log.info("%d transposed convolutions, %d matched, %d rewritten", len(plan), len(matched), sum(rewritten))
-    return Fused(plan, originals, derived)
+    return fused
 
 
-def _rewrite(decision: Decision, derived: DerivedInputs) -> bool:
+def _rewrite(decision: Decision) -> bool:
     """Put the kernel in; say whether anything changed. The site is read anew: one before it may hold its operands."""
     site, choice = match(decision.node, bare=True), decision.choice
     if not isinstance(site, Site) or choice is None:
@@ -120,21 +105,8 @@ def _rewrite(decision: Decision, derived: DerivedInputs) -> bool:
         # A GPU adds a convolution's bias in a pass of its own, a CPU does not.
         return rewrite.use_training(site, fused=choice.kernel == "fused", leave_bias=choice.kernel == "inductor")
     if choice.kernel == "fused":
-        return rewrite.use_fused(site, choice.plan, _packed(site, choice.plan, derived), derived.add)
-    return rewrite.use_epilogue(site, derived.add) if choice.kernel == "epilogue" else rewrite.fold(site)
-
-
-def _packed(site: Site, plan_name: str | None, derived: DerivedInputs) -> fx.Node | None:
-    """The input for the site's packed weight; None where the operator is to pack it in every call."""
-    weight, found = site.convolution.weight, problem_of(site) if plan_name else None
-    if plan_name is None or found is None or weight is None:
-        return None
-    from fusion_backend.kernels import conv_transpose  # it needs triton
-
-    problem, _ = found
-    plan = plan_named(problem, plan_name)
-    assert plan is not None, "a plan that was chosen fits"
-    return derived.add([weight], lambda tensor: conv_transpose.pack_for(plan, tensor.to(problem.dtype), problem))
+        return rewrite.use_fused(site, choice.plan)
+    return rewrite.use_epilogue(site) if choice.kernel == "epilogue" else rewrite.fold(site)
 
 
 def _module(node: fx.Node) -> fx.GraphModule:

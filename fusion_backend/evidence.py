@@ -1,9 +1,9 @@
 """What is measured of a kind of GPU, and what that says of a convolution that is not among the measured ones.
 
-``measured/<gpu>.json`` holds, for each measured case, the device's time of every plan of ours and of the best of eager,
-Inductor and Inductor max-autotune (``python -m benchmarks.evidence`` writes it from the benchmark's results). A
-convolution is judged by the measured cases most like it, in halvings and doublings of their sizes. Where none is near,
-nothing is claimed.
+``measured/<gpu>.json`` holds, for each measured case, the device's time of every plan of ours that was right, packing
+the weight included, and of the best of eager, Inductor and Inductor max-autotune. ``python -m benchmarks.evidence``
+writes it from the benchmark's results. A convolution is judged by the two measured cases most like it, in halvings and
+doublings of their sizes: both must speak for a plan of ours. Where no two are near, nothing is claimed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from typing import Any
 
 import torch
 
+from fusion_backend.kernels.phases import Axis
 from fusion_backend.kernels.plans import plans_for
-from fusion_backend.kernels.problem import Problem
+from fusion_backend.kernels.problem import SMALLEST_EDGE, Problem
+from fusion_backend.kernels.rounding import cdiv
 
 MEASURED = Path(__file__).parent / "measured"
 
-# Farther than this, in halvings and doublings, no case says anything of another.
+# Farther than this, in halvings and doublings of all sizes together, no case says anything of another.
 FARTHEST = 3.0
 
-# Nearer than this, it is the same case: the file rounds.
-SAME = 0.01
+# Nor where any of the numbers of positions, or sizes, is farther than this, or of the channels than that.
+FARTHEST_SIZE = 3.0
+FARTHEST_CHANNELS = 1.5
 
 # Less than this is not worth leaving Inductor, whose time differs from run to run, too.
 LEAST_SPEEDUP = 1.05
@@ -35,18 +38,18 @@ LEAST_SPEEDUP = 1.05
 
 @dataclass(frozen=True)
 class Case:
-    """A measured convolution: in milliseconds its ``plans`` that were right and ``peer``, the best of the peers."""
+    """A measured convolution of an x of ``shape``: in milliseconds its ``plans`` that were right and its ``peer``."""
 
     name: str
-    kind: tuple[Any, ...]
-    sizes: tuple[float, ...]
+    problem: Problem
+    shape: tuple[int, ...]
     plans: dict[str, float]
     peer: float
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The plan that was fastest at the most similar case, and the least speedup over the peers at similar ones."""
+    """The plan that was fastest at the most similar case, and the least speedup over the peers at the two."""
 
     plan: str
     speedup: float
@@ -59,15 +62,11 @@ def predict(problem: Problem, shape: Sequence[int], gpu: str) -> Prediction | st
     cases = measured(gpu)
     if not cases:
         return f"nothing is measured on {gpu}"
-    if problem.groups != 1 or any(axis.dilation != 1 for axis in problem.axes):
-        return "no convolution with groups or dilation is measured"
-    kind, sizes = kind_of(problem), sizes_of(problem, shape)
-    alike = ((_distance(sizes, case.sizes), case) for case in cases if case.kind == kind)
-    near = sorted((pair for pair in alike if pair[0] <= FARTHEST), key=lambda pair: pair[0])
-    if not near:
+    distances = ((_distance(problem, tuple(shape), case), case) for case in cases)
+    near = sorted((pair for pair in distances if pair[0] <= FARTHEST), key=lambda pair: pair[0])
+    if not near or (near[0][0] > 0 and len(near) < 2):
         return f"no measured case on {gpu} is like it"
-    # A case of the very same sizes says all; else the two nearest must agree.
-    deciding = near[:1] if near[0][0] < SAME else near[:2]
+    deciding = near[:1] if near[0][0] == 0 else near[:2]
     fitting = {plan.name: plan.packed_bytes(problem) for plan in plans_for(problem)}
     predictions = [_prediction(case, fitting) for _, case in deciding]
     if any(prediction is None for prediction in predictions):
@@ -84,37 +83,69 @@ def _prediction(case: Case, fitting: dict[str, int]) -> Prediction | None:
     return Prediction(plan, case.peer / known[plan], case.name, fitting[plan])
 
 
-def kind_of(problem: Problem) -> tuple[Any, ...]:
+def _distance(problem: Problem, shape: tuple[int, ...], case: Case) -> float:
+    """0 for the same convolution; infinite where a case says nothing of another."""
+    other = case.problem
+    if _kind(problem) != _kind(other):
+        return math.inf
+    if problem.axes == other.axes and (problem.C_in, problem.C_out, shape) == (other.C_in, other.C_out, case.shape):
+        return 0.0
+    channels = [_apart(problem.C_in, other.C_in), _apart(problem.C_out, other.C_out)]
+    fewest = min(problem.C_in, problem.C_out, other.C_in, other.C_out)
+    # Where tensor cores are not filled, each channel less costs as much as it saves.
+    if max(channels) > (FARTHEST_CHANNELS if fewest >= SMALLEST_EDGE else 0.5):
+        return math.inf
+    kernels = [_apart(axis.kernel, its.kernel) for axis, its in zip(problem.axes, other.axes, strict=True)]
+    sizes = [_apart(int(problem.positions), int(other.positions))]
+    sizes += [_apart(size, its) for size, its in zip(shape[2:], case.shape[2:], strict=True)]
+    if max(sizes) > FARTHEST_SIZE or max(kernels) > 1:
+        return math.inf
+    # Not quite the same, even if the numbers are.
+    return 0.01 + sum(channels) + sum(kernels) + sum(sizes) / 2
+
+
+def _kind(problem: Problem) -> tuple[Any, ...]:
     """What must be the same for one case to say anything of another."""
-    overlaps = any(axis.kernel > axis.stride for axis in problem.axes)
-    return (problem.dtype.itemsize, problem.tf32, problem.exact, problem.x_last, problem.out_last, overlaps)
+    axes = tuple((axis.stride, axis.dilation, axis.kernel > axis.stride, axis == Axis()) for axis in problem.axes)
+    number = (problem.dtype.itemsize, problem.tf32, problem.exact)
+    return (axes, number, problem.groups, problem.x_last, problem.out_last)
 
 
-def sizes_of(problem: Problem, shape: Sequence[int]) -> tuple[float, ...]:
-    """Logarithms, each times its weight, whose differences make the distance."""
-    rank = len(shape) - 2
-    taps = math.prod(axis.kernel for axis in problem.axes)
-    phases = math.prod(axis.stride for axis in problem.axes)
-    numbers = (problem.C_in, problem.C_out, taps, phases, int(problem.positions) ** 0.5, int(shape[-1]) ** 0.5)
-    return (float(rank), *(math.log2(max(1.0, number)) for number in numbers))
-
-
-def _distance(a: Sequence[float], b: Sequence[float]) -> float:
-    return sum(abs(x - y) for x, y in zip(a, b, strict=True))
+def _apart(a: int, b: int) -> float:
+    return abs(math.log2(max(a, 1) / max(b, 1)))
 
 
 @functools.cache
 def measured(gpu: str) -> tuple[Case, ...]:
     """The cases measured on a GPU of this name; none where it is not known."""
-    path = MEASURED / f"{'-'.join(gpu.lower().replace('/', ' ').split())}.json"
-    if not path.is_file():
-        return ()
-    return tuple(_case(row) for row in json.loads(path.read_text())["cases"])
+    path = file_of(gpu)
+    return tuple(case_of(row) for row in json.loads(path.read_text())["cases"]) if path.is_file() else ()
 
 
-def _case(row: dict[str, Any]) -> Case:
-    kind = (row["itemsize"], row["tf32"], False, row["x_last"], row["out_last"], row["overlaps"])
-    return Case(row["case"], kind, tuple(row["sizes"]), row["plans"], row["peer"])
+def file_of(gpu: str) -> Path:
+    return MEASURED / f"{'-'.join(gpu.lower().replace('/', ' ').split())}.json"
+
+
+def case_of(row: dict[str, Any]) -> Case:
+    """From a row of the file: the same numbers for each dimension, no groups, x and output in one layout."""
+    N, C_in, *sizes = row["x"]
+    axis, dtype = Axis(*row["kernel_stride_padding"]), getattr(torch, row["dtype"])
+    positions = N * math.prod(cdiv(axis.output_size(size), axis.stride) for size in sizes)
+    last = row["memory_format"] == "channels_last"
+    problem = Problem(
+        axes=(Axis(),) * (3 - len(sizes)) + (axis,) * len(sizes),
+        C_in=C_in,
+        C_out=row["C_out"],
+        groups=1,
+        positions=positions,
+        dtype=dtype,
+        x_last=last,
+        out_last=last,
+        tf32=dtype == torch.float32,
+        exact=False,
+        shared_limit=0,  # of no account here
+    )
+    return Case(row["case"], problem, tuple(row["x"]), row["plans"], row["peer"])
 
 
 def gpu_name(device: torch.device) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,9 +25,6 @@ from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import is_tensor, value_of
 
-# Gives a graph an input that is worked out from the parameters that some nodes are: see ``derived.DerivedInputs.add``.
-Derive = Callable[[Sequence[fx.Node], Callable[..., torch.Tensor]], fx.Node | None]
-
 
 def fold(site: Site) -> bool:
     """Replace the tail by its normal form in plain torch operations, where that is shorter; say whether it is."""
@@ -39,34 +36,28 @@ def fold(site: Site) -> bool:
     return True
 
 
-def use_epilogue(site: Site, derive: Derive | None = None) -> bool:
-    """Replace bias and tail by the operator ``fused_post::epilogue_``, in place on the convolution's fresh output.
-
-    ``derive`` gives the graph an input for what is worked out from parameters alone; None: it is worked out in it.
-    """
+def use_epilogue(site: Site) -> bool:
+    """Replace bias and tail by the operator ``fused_post::epilogue_``, in place on the convolution's fresh output."""
     from fusion_backend.kernels import epilogue  # noqa: F401  the import registers the operator, and needs triton
 
     node, readers = site.convolution.node, _readers(site)
     with _inserting(site):
         y = _without_bias(site) if site.convolution.bias is not None else node
-        node.graph.call_function(torch.ops.fused_post.epilogue_.default, (y, *_coefficients(site, site.biased, derive)))
+        node.graph.call_function(torch.ops.fused_post.epilogue_.default, (y, *_coefficients(site, site.biased)))
     _replace(site, readers, y)
     if y is not node:
         node.graph.erase_node(node)
     return True
 
 
-def use_fused(site: Site, plan: str | None = None, packed: fx.Node | None = None, derive: Derive | None = None) -> bool:
-    """Replace convolution, bias and tail by the operator ``fused_post::conv_transpose``.
-
-    ``plan`` is the operator's, and so is ``packed``, the weight packed for it; ``derive`` as for ``use_epilogue``.
-    """
+def use_fused(site: Site, plan: str | None = None) -> bool:
+    """Replace convolution, bias and tail by the operator ``fused_post::conv_transpose``, which takes ``plan``."""
     from fusion_backend.kernels import conv_transpose  # noqa: F401  the import registers the operator, and needs triton
 
     readers = _readers(site)
     with _inserting(site):
         layout = layout_of(site.convolution.value)
-        y = _call(site, torch.ops.fused_post.conv_transpose.default, *layout, plan, packed, derive=derive)
+        y = _call(site, torch.ops.fused_post.conv_transpose.default, *layout, plan)
     _replace(site, readers, y)
     site.convolution.node.graph.erase_node(site.convolution.node)
     return True
@@ -90,9 +81,7 @@ def use_training(site: Site, fused: bool, leave_bias: bool) -> bool:
     return True
 
 
-def _call(
-    site: Site, target: Any, *flags: Any, leave_bias: bool | None = None, derive: Derive | None = None
-) -> fx.Node:
+def _call(site: Site, target: Any, *flags: Any, leave_bias: bool | None = None) -> fx.Node:
     """A call of an operator that takes a transposed convolution and a normal form, and ``flags`` behind them.
 
     ``leave_bias`` is None for an operator without an argument for the convolution's bias.
@@ -105,7 +94,7 @@ def _call(
     if leave_bias is not None:
         inputs.append(None if left is None else _as(dtype, left))
     sizes = (convolution.stride, convolution.padding, convolution.output_padding, convolution.dilation)
-    coefficients = _coefficients(site, site.form if left is not None else site.biased, derive)
+    coefficients = _coefficients(site, site.form if left is not None else site.biased)
     lists = (list(size or ()) for size in sizes)
     return graph.call_function(target, (*inputs, *lists, convolution.groups, *coefficients, *flags))
 
@@ -118,7 +107,7 @@ def _inserting(site: Site) -> Any:
     return site.last.graph.inserting_before(site.last if site.tail else site.last.next)
 
 
-def _coefficients(site: Site, form: NormalForm, derive: Derive | None = None) -> tuple[fx.Node | float | None, ...]:
+def _coefficients(site: Site, form: NormalForm) -> tuple[fx.Node | float | None, ...]:
     """A normal form as our operators take it: four vectors or None, and four numbers."""
     coefficients = form.coefficients
     leaf = _leaf_reader(site, GraphAppendingTracer(site.last.graph), form)
@@ -129,34 +118,11 @@ def _coefficients(site: Site, form: NormalForm, derive: Derive | None = None) ->
         """[C] float32 contiguous, or None for a number."""
         if isinstance(c, float):
             return None
-        derived = _derived(site, c, derive) if derive is not None and site.gate is None else None
-        if derived is not None:
-            return derived
         proxy = co.evaluate(c, leaf, known)
         return (proxy if _is_per_channel(c) else proxy.expand(channels)).contiguous().node
 
     numbers = [c if isinstance(c, float) else none for c, none in zip(coefficients, _IDENTITY, strict=True)]
     return (*map(vector, coefficients), *numbers)
-
-
-def _derived(site: Site, c: Coefficient, derive: Derive) -> fx.Node | None:
-    """An input for a coefficient, [C] float32; None where it is made of more than parameters on the site's device."""
-    nodes = list(dict.fromkeys(leaf.value for leaf in co.leaves(c)))
-    value, channels = site.convolution.value, site.convolution.value.shape[1]
-    dtype = _compute_dtype(value.dtype)
-    if any(getattr(value_of(node), "device", None) != value.device for node in nodes):
-        return None
-
-    def make(*tensors: torch.Tensor) -> torch.Tensor:
-        values = dict(zip(nodes, tensors, strict=True))
-
-        def leaf(leaf: Leaf) -> torch.Tensor:
-            return values[leaf.value].reshape(-1 if leaf.per_channel else ()).to(dtype)
-
-        result = co.evaluate(c, leaf, {})
-        return (result if _is_per_channel(c) else result.expand(channels)).contiguous()
-
-    return derive(nodes, make)
 
 
 def _as(dtype: torch.dtype, node: fx.Node) -> fx.Node:

@@ -24,6 +24,7 @@ there.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -563,7 +564,6 @@ def run(
     allow_tf32: bool,
     gate: Gate | None = None,
     plan_name: str | None = None,
-    packed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """What ``conv_transpose`` returns and, with a gate, its bits; then None where the kernel cannot write these.
 
@@ -603,13 +603,18 @@ def run(
     elif plan is None:
         launch(out, x, pack(weight, problem, tiling), problem, tiling, coefficients)
     else:
-        packed = pack_for(plan, weight, problem) if packed is None else packed
-        launch_plan(out, x, packed, problem, plan, coefficients)
+        launch_plan(out, x, pack_for(plan, weight, problem), problem, plan, coefficients)
     return out, bits
 
 
 def _plan(problem: Problem, x: torch.Tensor, name: str | None) -> Plan:
+    """The plan of that name; the rule's where there is none, or where x has another layout than the name is for.
+
+    Tracers do not always agree on the strides of what an operation returns.
+    """
     plan = choose_plan(problem, x.shape) if name is None else plan_named(problem, name)
+    if plan is None and name is not None and plan_named(replace(problem, x_last=not problem.x_last), name):
+        plan = choose_plan(problem, x.shape)
     if plan is None:
         known = [each.name for each in plans_for(problem)]
         raise ValueError(f"plan is {name!r}; allowed for this convolution are {known}")
@@ -668,7 +673,6 @@ def conv_transpose(
     channels_last: bool | None = None,
     allow_tf32: bool = True,
     plan: str | None = None,
-    packed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """min(max(scale * conv_transpose(x, weight) + shift, lo), hi), as [N, C_out, *spatial] of x's dtype.
 
@@ -679,12 +683,11 @@ def conv_transpose(
     ``channels_last`` chooses the memory format of the result (strides (C*L, 1, C) for rank 3); None keeps x's own. An x
     in neither format is made contiguous first. ``allow_tf32``: on NVIDIA's tensor cores float32 x and weight are
     rounded to TF32. Images of 2**30 pixels or more are left to PyTorch's own convolution. ``plan`` is the name of one
-    of ``plans_for``, and None the rule's; ``packed`` is what ``pack_for`` returns for that plan and this weight, and
-    None packs it here. Raises ValueError or TypeError for anything else.
+    of ``plans_for``, and None the rule's. Raises ValueError or TypeError for anything else.
     """
     numbers = (scale_number, shift_number, lo_number, hi_number)
     sizes = (stride, padding, output_padding, dilation)
     tensors = (scale, shift, lo, hi)
-    ran = run(x, weight, *sizes, groups, tensors, numbers, channels_last, allow_tf32, None, plan, packed)
+    ran = run(x, weight, *sizes, groups, tensors, numbers, channels_last, allow_tf32, None, plan)
     assert ran is not None, "None is for gates"
     return ran[0]

@@ -1,4 +1,4 @@
-"""The whole way on a GPU: the fused kernel in a compiled model, its packed weights, streams and CUDA graphs."""
+"""The whole way on a GPU: the fused kernel in a compiled model, writes to its weights, and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def assert_accurate(result: Tensor, model: nn.Module, x: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_the_numbers_and_the_kernels_of_a_model(dtype: torch.dtype, last: bool) -> None:
-    """Three kernels of ours, none that packs a weight, and the tanh."""
+    """Three kernels of ours; Inductor's own pack the weights, make coefficients, and compute the tanh."""
     from torch._inductor.utils import run_and_get_code
 
     model, x = setting(dtype, last)
@@ -71,7 +71,8 @@ def test_the_numbers_and_the_kernels_of_a_model(dtype: torch.dtype, last: bool) 
     launched = [name for code in codes for name in re.findall(r"^ *(\w+)\.run\(", code, re.MULTILINE)]
     ours = [name for name in launched if re.match(r"_(conv_transpose|row_march)_kernel", name)]
     turning = [name for name in launched if name.startswith("_transpose_kernel")]
-    assert len(ours) == 3 and len(launched) == len(ours) + len(turning) + 1, launched
+    assert len(ours) == 3 and len(launched) - len(turning) <= 3 + 3 + 2 + 1, launched
+    assert not any("torch.ops.fused_post" in code or "extern_kernels.conv" in code for code in codes)
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
@@ -83,6 +84,7 @@ def test_every_change_of_a_weight_is_seen(mode: str | None) -> None:
     for _ in range(3):
         assert_accurate(compiled(x).clone(), model, x)
     model.first.weight.mul_(-1)
+    model.second.weight.data.mul_(2)
     for _ in range(3):
         assert_accurate(compiled(x).clone(), model, x)
     model.load_state_dict(other.state_dict())

@@ -141,12 +141,12 @@ def test_the_fused_operator_takes_convolution_bias_and_tail() -> None:
         gm.recompile()
     assert not {"conv_transpose2d", "clamp", "mul", "truediv"} & set(targets(gm))
     (fused,) = [node for node in gm.graph.nodes if node.target is torch.ops.fused_post.conv_transpose.default]
-    x, weight, *sizes, groups, scale, shift, lo, hi, a, b, low, high, channels_last, _, plan, packed = fused.args
+    x, weight, *sizes, groups, scale, shift, lo, hi, a, b, low, high, channels_last, _, plan = fused.args
     assert sizes == [[2, 2], [1, 1], [1, 1], [1, 1]] and groups == 1
     assert (scale, lo, hi) == (None, None, None) and isinstance(shift, fx.Node)
     assert (a, b, low, high) == (1.0, 0.0, 0.0, 0.5) and channels_last is False
     assert all(node.op == "placeholder" for node in (x, weight))
-    assert plan is packed is None
+    assert plan is None
 
 
 @pytest.mark.parametrize("leave_bias", [False, True])

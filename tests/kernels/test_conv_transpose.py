@@ -462,7 +462,7 @@ def test_the_operator_has_the_agreed_schema() -> None:
     numbers = "float scale_number=1., float shift_number=0., float? lo_number=None, float? hi_number=None"
     assert str(torch.ops.fused_post.conv_transpose.default._schema) == (
         f"fused_post::conv_transpose(Tensor x, Tensor weight, {parameters}, {tensors}, {numbers}, "
-        "bool? channels_last=None, bool allow_tf32=True, str? plan=None, Tensor? packed=None) -> Tensor"
+        "bool? channels_last=None, bool allow_tf32=True, str? plan=None) -> Tensor"
     )
 
 
@@ -694,10 +694,18 @@ def test_every_plan_computes_the_same(conv: Conv, dtype: torch.dtype, from_last:
     values = coefficients(conv.C_out, "cuda")
     problem = ON_GPU.problem(x, weight, conv, to_last)
     for plan in plans_for(problem):
-        for packed in (None, kernels.pack_for(plan, weight, problem)):
-            y = ON_GPU(x, weight, conv, *values, channels_last=to_last, plan=plan.name, packed=packed)
-            assert is_laid_out(y, to_last)
-            assert_close(y, x, weight, conv, values, tf32=True)
+        y = ON_GPU(x, weight, conv, *values, channels_last=to_last, plan=plan.name)
+        assert is_laid_out(y, to_last)
+        assert_close(y, x, weight, conv, values, tf32=True)
+
+
+def test_a_plan_for_another_layout_of_x_gives_way_to_the_rules() -> None:
+    with FakeTensorMode():
+        x, weight = torch.empty(1, 128, 8, 8, device="cuda"), torch.empty(128, 64, 4, 4, device="cuda")
+        plans = [plan.name for plan in plans_for(ON_GPU.problem(x, weight, K3S2, False)) if plan.turned]
+        last = x.to(memory_format=torch.channels_last)
+        y = torch.ops.fused_post.conv_transpose(last, weight, [2], [1], [0], [1], plan=plans[0])
+    assert plans and y.shape == (1, 64, 16, 16)
 
 
 def test_an_unknown_plan_is_an_error_that_lists_the_known_ones() -> None:

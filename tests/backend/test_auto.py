@@ -1,0 +1,126 @@
+"""``auto``: what it takes by the measurements that ship with us, and that what it takes is right."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+
+from fusion_backend import choice, evidence, explain, fused_post
+from fusion_backend.kernels import problem
+
+OPTIONS = {"fused_post.strict": True}
+
+
+@pytest.fixture
+def on_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is made as on an H200, whose measurements ship with us; operators compute their references."""
+    monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
+    monkeypatch.setattr(choice, "gpu_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(problem, "shared_memory_limit", lambda device: 227 * 1024)
+    torch._dynamo.reset()
+
+
+class Up(nn.Module):
+    """A site like measured ones, of the seed's kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(64, 64, 3, 2, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).clamp(0, 1) * 2
+
+
+X = torch.randn(16, 64, 64, 64)
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_auto_takes_the_fused_kernel_where_it_is_measured_to_be_faster() -> None:
+    model = Up().eval()
+    with torch.no_grad():
+        (site,) = explain(model, X).sites
+    assert site.kernel == "fused"
+    assert "times the speed of Inductor at the most similar measured case, seed" in site.reason
+    assert "march" in site.reason and "144 KiB for the packed weight" in site.reason
+    assert [site.kernel for site in explain(model, X).sites] == ["inductor"]  # with gradients
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_every_write_to_a_parameter_is_seen() -> None:
+    """Also those that no version counts."""
+    model = Up().eval()
+    compiled, other = torch.compile(model, backend=fused_post, options=OPTIONS), copy.deepcopy(model)
+    with torch.no_grad():
+        for write in (
+            lambda: model.conv.weight.mul_(-1),
+            lambda: model.conv.weight.data.mul_(-2),
+            lambda: model.conv.bias.data.add_(1),
+            lambda: model.load_state_dict(other.state_dict()),
+            lambda: setattr(model.conv, "weight", nn.Parameter(torch.randn_like(model.conv.weight))),
+        ):
+            write()
+            torch.testing.assert_close(compiled(X), model(X))
+
+
+@pytest.mark.usefixtures("on_h200")
+@pytest.mark.parametrize("how", ["autocast", "inference_mode", "dynamic", "freezing", "reduce-overhead"])
+def test_the_ways_in_which_users_run_models(how: str) -> None:
+    model = Up().eval()
+    arguments: dict[str, Any] = {"options": OPTIONS}
+    if how == "freezing":
+        arguments = {"options": OPTIONS | {"freezing": True}}
+    elif how == "reduce-overhead":
+        arguments = {"mode": how}
+    compiled = torch.compile(model, backend=fused_post, dynamic=True if how == "dynamic" else None, **arguments)
+    inference = torch.inference_mode if how == "inference_mode" else torch.no_grad
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if how == "autocast" else {}
+    with inference(), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        for N in (16, 17):
+            x = torch.randn(N, *X.shape[1:])
+            torch.testing.assert_close(compiled(x), model(x), **tolerance)
+
+
+@pytest.mark.usefixtures("on_h200")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_among_ordinary_convolutions_a_site_is_taken_in_channels_last_alone(memory_format: torch.memory_format) -> None:
+    model = nn.Sequential(nn.Conv2d(64, 64, 1), nn.ConvTranspose2d(64, 64, 3, 2, 1, 1)).eval()
+    model, x = model.to(memory_format=memory_format), X.to(memory_format=memory_format)
+    with torch.no_grad():
+        (site,) = explain(model, x).sites
+    taken = memory_format == torch.channels_last
+    assert site.kernel == ("fused" if taken else "inductor")
+    assert ("a contiguous one among them is not measured" in site.reason) == (not taken)
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_a_bare_convolution_is_taken_where_that_is_faster() -> None:
+    """As in nnU-Net: no bias, and a concatenation behind."""
+    conv = nn.ConvTranspose2d(64, 64, 3, 2, 1, 1, bias=False).eval()
+
+    def model(x: Tensor) -> Tensor:
+        return torch.cat([conv(x), conv(x) * 2])
+
+    compiled = torch.compile(model, backend=fused_post, options=OPTIONS)
+    with torch.no_grad():
+        report = explain(model, X)
+        torch.testing.assert_close(compiled(X), model(X))
+        unmeasured = explain(model, X[:, :, :2, :2]).sites
+    assert [(site.kernel, site.equation) for site in report.sites] == [("fused", "y = x"), ("fused", "y = 2*x")]
+    assert [site.matched for site in unmeasured] == [False, True]
+    assert not any(site.kernel == "fused" for site in explain(model, X.requires_grad_()).sites)
+
+
+def test_a_gpu_that_is_not_measured_is_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
+    monkeypatch.setattr(choice, "gpu_name", lambda device: "NVIDIA GeForce RTX 4090")
+    with torch.no_grad():
+        sites = explain(Up().eval(), X).sites
+    assert [site.kernel for site in sites] == ["inductor"]
+    assert "nothing is measured on NVIDIA GeForce RTX 4090" in sites[0].reason
+    assert evidence.measured("NVIDIA GeForce RTX 4090") == ()

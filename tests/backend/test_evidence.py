@@ -1,0 +1,95 @@
+"""What a measured case says of another convolution, and of which it says nothing."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fusion_backend import evidence
+from fusion_backend.evidence import Case, Prediction, predict
+from fusion_backend.kernels.phases import Axis
+from fusion_backend.kernels.problem import Problem
+
+K3S2 = Axis(3, 2, 1, 1)
+SEED = Problem((Axis(), K3S2, K3S2), 64, 64, 1, 32 * 64 * 64, torch.bfloat16, True, True, False, False, 227 * 1024)
+SHAPE = (32, 64, 64, 64)
+MARCH, GENERAL = "march 64x64, 4 warps, 3 stages", "128x64x128, 4 warps, 3 stages"
+
+
+def case(name: str, N: int, plans: dict[str, float], peer: float = 1.0) -> Case:
+    return Case(name, replace(SEED, positions=N * 64 * 64), (N, 64, 64, 64), plans, peer)
+
+
+CASES = (
+    case("small", 16, {MARCH: 0.5, GENERAL: 0.8}),
+    case("large", 64, {MARCH: 0.4, GENERAL: 0.7}),
+    case("larger", 128, {GENERAL: 1.25}),
+)
+
+
+@pytest.fixture(autouse=True)
+def _measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "measured", lambda gpu: CASES if gpu == "known" else ())
+
+
+def test_the_nearer_of_two_gives_the_plan_and_the_slower_the_speedup() -> None:
+    found = predict(replace(SEED, positions=20 * 64 * 64), (20, 64, 64, 64), "known")
+    assert found == Prediction(MARCH, 2.0, "small", 9 * 64 * 64 * 2)
+
+
+def test_the_same_convolution_needs_no_other() -> None:
+    found = predict(CASES[2].problem, CASES[2].shape, "known")
+    assert isinstance(found, Prediction)
+    assert (found.plan, found.speedup, found.case) == (GENERAL, 0.8, "larger")
+
+
+def test_a_kind_of_gpu_that_is_not_measured() -> None:
+    assert predict(SEED, SHAPE, "unknown") == "nothing is measured on unknown"
+
+
+def on_2d(axis: Axis) -> tuple[Axis, ...]:
+    return (Axis(), axis, axis)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape"),
+    [
+        ({"dtype": torch.float32, "tf32": True}, SHAPE),
+        ({"x_last": False}, SHAPE),
+        ({"out_last": False}, SHAPE),
+        ({"groups": 2}, SHAPE),
+        ({"axes": on_2d(Axis(3, 1, 1))}, SHAPE),
+        ({"axes": on_2d(Axis(2, 2))}, SHAPE),
+        ({"axes": on_2d(Axis(7, 2, 3, 1))}, SHAPE),
+        ({"axes": on_2d(Axis(3, 2, 1, 1, 2))}, SHAPE),
+        ({"axes": (Axis(), Axis(9, 4), Axis())}, SHAPE),
+        ({"axes": (K3S2, K3S2, K3S2)}, (2, 64, 16, 64, 64)),
+        ({"C_in": 8}, SHAPE),
+        ({"C_out": 256}, SHAPE),
+        ({"positions": 2**10}, (1, 64, 32, 32)),
+        ({}, (512, 64, 2, 64)),
+        ({}, (4096, 64, 1, 16)),
+        ({}, (16, 64, 1, 4096)),
+    ],
+    ids=str,
+)
+def test_what_a_case_says_nothing_of(changes: dict[str, object], shape: tuple[int, ...]) -> None:
+    assert predict(replace(SEED, **changes), shape, "known") == "no measured case on known is like it"
+
+
+def test_one_case_alone_says_nothing_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "measured", lambda gpu: CASES[:1])
+    assert predict(SEED, SHAPE, "known") == "no measured case on known is like it"
+
+
+def test_a_case_where_no_plan_was_right_speaks_against_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "measured", lambda gpu: (case("wrong", 16, {}), CASES[1]))
+    found = predict(replace(SEED, positions=20 * 64 * 64), (20, 64, 64, 64), "known")
+    assert found == "at a most similar measured case, wrong, no plan of ours that fits here was right"
+
+
+def test_what_ships_is_read() -> None:
+    for path in evidence.MEASURED.glob("*.json"):
+        cases = json.loads(path.read_text())["cases"]
+        assert cases and all(evidence.case_of(row).peer > 0 for row in cases)
