@@ -700,12 +700,13 @@ def test_every_plan_computes_the_same(conv: Conv, dtype: torch.dtype, from_last:
 
 
 def test_a_plan_for_another_layout_of_x_gives_way_to_the_rules() -> None:
+    conv = Conv((1, 128, 8, 8), 64, (4,), (2,), (1,))
     with FakeTensorMode():
-        x, weight = torch.empty(1, 128, 8, 8, device="cuda"), torch.empty(128, 64, 4, 4, device="cuda")
-        plans = [plan.name for plan in plans_for(ON_GPU.problem(x, weight, K3S2, False)) if plan.turned]
+        x, weight = torch.empty(conv.x, device="cuda"), torch.empty(128, 64, 4, 4, device="cuda")
+        turned = next(plan.name for plan in plans_for(ON_GPU.problem(x, weight, conv, False)) if plan.turned)
         last = x.to(memory_format=torch.channels_last)
-        y = torch.ops.fused_post.conv_transpose(last, weight, [2], [1], [0], [1], plan=plans[0])
-    assert plans and y.shape == (1, 64, 16, 16)
+        y = torch.ops.fused_post.conv_transpose(last, weight, [2], [1], [0], [1], channels_last=False, plan=turned)
+    assert y.shape == conv.y
 
 
 def test_an_unknown_plan_is_an_error_that_lists_the_known_ones() -> None:
