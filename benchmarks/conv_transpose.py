@@ -121,7 +121,8 @@ class Row:
 
         def run() -> Tensor:
             packed = kernels.pack_for(plan, self.weight, self.problem) if packing else frozen
-            kernels.launch_plan(self.out, self.x, packed, self.problem, plan, coefficients)
+            with launched_directly():
+                kernels.launch_plan(self.out, self.x, packed, self.problem, plan, coefficients)
             return self.out
 
         return run
@@ -211,6 +212,7 @@ class Row:
 
     def prepare(self, plans: str, inductor: tuple[str, ...]) -> None:
         """Compile, check and capture every contender."""
+        self.measured = False
         self.columns: dict[str, dict[str, object]] = {}
         self.correct: dict[str, Callable[[], object]] = {}
         torch._dynamo.reset()
@@ -227,7 +229,7 @@ class Row:
                 self.columns[name] = {"raised": " ".join(f"{type(raised).__name__}: {raised}".split())[:300]}
 
     def measure(self, seconds: float) -> dict[str, dict[str, object]]:
-        columns = self.columns
+        columns, self.measured = self.columns, True
         for name, times in in_turn(self.correct, "cuda", seconds).items():
             columns[name] |= summary(times)
         best = min((columns[name]["ms"] for name in PEERS if name in self.correct), default=math.nan)
@@ -264,7 +266,12 @@ def as_graph(run: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+
+    def replay() -> None:
+        assert run is not None  # what it holds must live as long as the graph, which reads it
+        graph.replay()
+
+    return replay
 
 
 def is_ours(name: str) -> bool:
@@ -290,7 +297,9 @@ _PREPARED: dict[tuple[Case, torch.dtype, bool], Row] = {}
 
 
 def prepare(case: Case, dtype: torch.dtype, last: bool, plans: str, inductor: tuple[str, ...]) -> None:
-    with launched_directly(), torch.no_grad():
+    for measured in [key for key, row in _PREPARED.items() if row.measured]:
+        del _PREPARED[measured]  # not before: to free a graph's memory takes a second
+    with torch.no_grad():
         row = Row(case, dtype, last)
         row.prepare(plans, inductor)
         torch.cuda.synchronize()
@@ -300,7 +309,7 @@ def prepare(case: Case, dtype: torch.dtype, last: bool, plans: str, inductor: tu
 
 def measure(case: Case, dtype: torch.dtype, last: bool, seconds: float) -> dict[str, dict[str, object]]:
     with torch.no_grad():
-        return _PREPARED.pop((case, dtype, last)).measure(seconds)
+        return _PREPARED[case, dtype, last].measure(seconds)
 
 
 def parts(todo: list[tuple[Case, torch.dtype, bool]]) -> Iterator[list[tuple[Case, torch.dtype, bool]]]:

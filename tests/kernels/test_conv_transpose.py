@@ -360,9 +360,9 @@ def test_infinite_and_nan_coefficients(run: Implementation) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("conv", [K3S2, K2S2, DEPTHWISE], ids=["k3s2", "k2s2", "depthwise"])
 def test_half_precision_is_rounded_exactly_once(run: Implementation, conv: Conv, dtype: torch.dtype) -> None:
-    """Small integers add up exactly in fp32, in any order."""
+    """Small integers and 64ths add up exactly in fp32, in any order: a shift may be where a product begins to add."""
     x, weight = (tensor.mul(4).round() for tensor in conv.tensors(dtype, run.device))
-    shift = torch.linspace(-9, 9, conv.C_out, device=run.device)
+    shift = torch.linspace(-9, 9, conv.C_out, device=run.device).mul(64).round() / 64
     exact = pointwise(eager(x.double(), weight.double(), conv).float(), None, shift)
     for last in (False, True):
         assert torch.equal(run(x, weight, conv, None, shift, channels_last=last), exact.to(dtype))
