@@ -46,7 +46,7 @@ def fused_post(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any)
             "Please report this traceback as a bug"
         )
         return inductor(gm, example_inputs)
-    if not fused.has_kernels:
+    if not has_kernels(gm):
         return inductor(gm, example_inputs)
     try:
         with torch.compiler.config.patch(cache_key_tag=cache_key_tag()):  # type: ignore[attr-defined]
@@ -68,13 +68,17 @@ class Fused:
     plan: tuple[Decision, ...]
     originals: dict[fx.GraphModule, fx.Graph]
 
-    @property
-    def has_kernels(self) -> bool:
-        return any(decision.choice is not None and decision.choice.uses_operator for decision in self.plan)
-
     def undo(self) -> None:
         for module, graph in self.originals.items():
             module.graph = graph
+
+
+def has_kernels(gm: fx.GraphModule) -> bool:
+    """Whether an operator of ours is in ``gm``; also in one that was compiled before, which Dynamo may do twice."""
+    children = (child for child in gm.modules() if isinstance(child, fx.GraphModule))
+    return any(
+        getattr(node.target, "namespace", "") == "fused_post" for child in children for node in child.graph.nodes
+    )
 
 
 def fuse(gm: fx.GraphModule, options: opt.Options) -> Fused:

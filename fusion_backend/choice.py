@@ -42,11 +42,6 @@ class Choice:
     training: bool = False
     plan: str | None = None  # of the fused kernel: the name of a measured one, or None for the operator's own rule
 
-    @property
-    def uses_operator(self) -> bool:
-        """Whether an operator of ours comes into the graph."""
-        return self.training or self.kernel not in (None, "inductor")
-
 
 def choose(site: Site, requested: str, functions: frozenset[str] = frozenset()) -> Choice:
     """``requested`` is the user's ``fused_post.kernel``; ``functions`` are the names that the whole graph calls."""

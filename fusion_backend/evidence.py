@@ -95,18 +95,17 @@ def _distance(problem: Problem, shape: tuple[int, ...], case: Case) -> float:
     # Where tensor cores are not filled, each channel less costs as much as it saves.
     if max(channels) > (FARTHEST_CHANNELS if fewest >= SMALLEST_EDGE else 0.5):
         return math.inf
-    kernels = [_apart(axis.kernel, its.kernel) for axis, its in zip(problem.axes, other.axes, strict=True)]
     sizes = [_apart(int(problem.positions), int(other.positions))]
     sizes += [_apart(size, its) for size, its in zip(shape[2:], case.shape[2:], strict=True)]
-    if max(sizes) > FARTHEST_SIZE or max(kernels) > 1:
+    if max(sizes) > FARTHEST_SIZE:
         return math.inf
     # Not quite the same, even if the numbers are.
-    return 0.01 + sum(channels) + sum(kernels) + sum(sizes) / 2
+    return 0.01 + sum(channels) + sum(sizes) / 2
 
 
 def _kind(problem: Problem) -> tuple[Any, ...]:
-    """What must be the same for one case to say anything of another."""
-    axes = tuple((axis.stride, axis.dilation, axis.kernel > axis.stride, axis == Axis()) for axis in problem.axes)
+    """What must be the same for one case to say anything of another: all but the sizes and the padding."""
+    axes = tuple((axis.kernel, axis.stride, axis.dilation) for axis in problem.axes)
     number = (problem.dtype.itemsize, problem.tf32, problem.exact)
     return (axes, number, problem.groups, problem.x_last, problem.out_last)
 

@@ -116,6 +116,17 @@ def test_a_bare_convolution_is_taken_where_that_is_faster() -> None:
     assert not any(site.kernel == "fused" for site in explain(model, X.requires_grad_()).sites)
 
 
+@pytest.mark.usefixtures("on_h200")
+def test_a_graph_that_dynamo_compiles_twice() -> None:
+    """Once for any size and once for a size that the user marked."""
+    model, x = Up().eval(), X.clone()
+    torch._dynamo.mark_dynamic(x, 0, specialize_on=[lambda size: size == 16])
+    compiled = torch.compile(model, backend=fused_post, options=OPTIONS)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+        torch.testing.assert_close(compiled(X[:9]), model(X[:9]))
+
+
 def test_a_gpu_that_is_not_measured_is_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
     monkeypatch.setattr(choice, "gpu_name", lambda device: "NVIDIA GeForce RTX 4090")

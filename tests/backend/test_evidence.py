@@ -61,6 +61,7 @@ def on_2d(axis: Axis) -> tuple[Axis, ...]:
         ({"groups": 2}, SHAPE),
         ({"axes": on_2d(Axis(3, 1, 1))}, SHAPE),
         ({"axes": on_2d(Axis(2, 2))}, SHAPE),
+        ({"axes": on_2d(Axis(4, 2, 1))}, SHAPE),
         ({"axes": on_2d(Axis(7, 2, 3, 1))}, SHAPE),
         ({"axes": on_2d(Axis(3, 2, 1, 1, 2))}, SHAPE),
         ({"axes": (Axis(), Axis(9, 4), Axis())}, SHAPE),
