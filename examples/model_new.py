@@ -260,7 +260,7 @@ def march_takes(x: torch.Tensor, conv: nn.ConvTranspose2d, bias: torch.Tensor) -
         shared_memory_limit(x.device) > 0
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and (x.dtype, x.device) == (conv.weight.dtype, conv.weight.device)
-        and (x.dtype != torch.float32 or torch.backends.cudnn.allow_tf32)
+        and (x.dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32")
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
         and x.dim() == 4

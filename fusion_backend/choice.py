@@ -146,7 +146,7 @@ def layout_of(value: Any) -> tuple[bool | None, bool]:
     strides are not recorded), and ``allow_tf32``, as the user has it."""
     stride = getattr(value, "stride", None)
     is_last = value.shape[1] != 1 and bool(statically_known_true(stride(1) == 1)) if callable(stride) else None
-    return is_last, torch.backends.cudnn.allow_tf32
+    return is_last, torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 # Which of Dynamo's calls begin a transform that our operators have no rule for.

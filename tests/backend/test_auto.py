@@ -127,6 +127,21 @@ def test_a_graph_that_dynamo_compiles_twice() -> None:
         torch.testing.assert_close(compiled(X[:9]), model(X[:9]))
 
 
+@pytest.mark.usefixtures("on_h200")
+def test_what_the_switch_for_tf32_forbids_is_not_done() -> None:
+    """Also where the user set that of convolutions alone: then the older, general one cannot be read."""
+    convolutions = torch.backends.cudnn.conv
+    before, kernels = convolutions.fp32_precision, {}
+    try:
+        for precision in ("ieee", "tf32"):
+            convolutions.fp32_precision = precision
+            with torch.no_grad():
+                (kernels[precision],) = (site.kernel for site in explain(Up().eval(), X).sites)
+    finally:
+        convolutions.fp32_precision = before
+    assert kernels == {"ieee": "inductor", "tf32": "fused"}
+
+
 def test_a_gpu_that_is_not_measured_is_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
     monkeypatch.setattr(choice, "gpu_name", lambda device: "NVIDIA GeForce RTX 4090")
