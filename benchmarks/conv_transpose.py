@@ -266,12 +266,7 @@ def as_graph(run: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-
-    def replay() -> None:
-        assert run is not None  # what it holds must live as long as the graph, which reads it
-        graph.replay()
-
-    return replay
+    return lambda kept=run: graph.replay()  # what ``run`` holds must live as long as the graph, which reads it
 
 
 def is_ours(name: str) -> bool:

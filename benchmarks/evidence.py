@@ -78,9 +78,10 @@ def main() -> int:
     if len(gpus) != 1:
         parser.error(f"the results are from {sorted(gpus)}; allowed are those of one kind of GPU")
     (gpu,) = gpus
-    found = [compact(row) for each in data for row in each["rows"]]
-    rows = [row for row in found if row is not None]
-    runs = [{name: each[name] for name in ("versions", "date", "commit", "command")} for each in data]
+    found = [[row for row in map(compact, each["rows"]) if row is not None] for each in data]
+    rows = [row for part in found for row in part]
+    used = [each for each, part in zip(data, found, strict=True) if part]
+    runs = [{name: each[name] for name in ("versions", "date", "commit", "command")} for each in used]
     path = evidence.file_of(gpu)
     path.parent.mkdir(exist_ok=True)
     lines = ",\n".join("  " + json.dumps(row) for row in rows)

@@ -5,8 +5,8 @@
     turned    either of them behind a pass that makes a contiguous x channels_last, at about a copy's speed
 
 A plan has a name, by which a measurement, a compiled graph and a report speak of it. What is chosen without a name is a
-rule, read off benchmarks/results/conv_transpose_nvidia-h200.json: march where it can, and turn x for the general kernel
-where taps read x at odd addresses. Everything is worked out without a GPU and without triton.
+rule, read off benchmarks/results/conv_transpose-nvidia-h200-first.json: march where it can, and turn x for the general
+kernel where taps read x at odd addresses. Everything is worked out without a GPU and without triton.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Everything is worked out from sizes, the dtype and a block's shared memory, without a GPU and without triton. The limits
 on shared memory and registers are where compilers were seen to spill; the choice is read off measurements on an H200,
-benchmarks/results/conv_transpose-nvidia-h200.json.
+benchmarks/results/conv_transpose-nvidia-h200-*.json.
 """
 
 import math
