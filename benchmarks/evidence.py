@@ -89,11 +89,15 @@ def main() -> int:
     found = [[row for row in map(compact, each["rows"]) if row is not None] for each in data]
     rows = [row for part in found for row in part]
     used = [each for each, part in zip(data, found, strict=True) if part]
+    copies = [each["copy_gb_per_s"] for each in data if "copy_gb_per_s" in each]
+    copy = f' "copy_gb_per_s": {max(copies)},\n' if copies else ""
     runs = [{name: each[name] for name in ("versions", "date", "commit", "command")} for each in used]
     path = evidence.file_of(gpu)
     path.parent.mkdir(exist_ok=True)
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    path.write_text(f'{{\n "gpu": {json.dumps(gpu)},\n "runs": {json.dumps(runs)},\n "cases": [\n{lines}\n ]\n}}\n')
+    path.write_text(
+        f'{{\n "gpu": {json.dumps(gpu)},\n{copy} "runs": {json.dumps(runs)},\n "cases": [\n{lines}\n ]\n}}\n'
+    )
     judge(rows)
     print(path)
     return 0
