@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ import torch._inductor
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fusion_backend.evidence import OPAQUE_HIDDEN, Prediction, ranked
+from fusion_backend.evidence import Prediction, counted, ranked
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.plans import Plan, choose_plan, plans_for
 from fusion_backend.kernels.problem import Problem
@@ -71,11 +70,9 @@ def _measure(
             stack.enter_context(context)
         times = timed(contenders(problem, shape, device, plans))
     log.info("%s on %s: %s", shape, gpu, ", ".join(f"{name} {ms:.4f} ms" for name, ms in times.items()))
-    for plan in plans:
-        if plan.is_hopper and not replayed and times.get(plan.name, math.inf) < OPAQUE_HIDDEN:
-            del times[plan.name]
-    best = min(plans, key=lambda plan: times.get(plan.name, math.inf))
-    speedup = times[INDUCTOR] / (times.get(best.name, math.inf) + beside)
+    counts = {plan: counted(plan, times[plan.name], replayed) for plan in plans if plan.name in times}
+    best = min(counts, key=counts.__getitem__)
+    speedup = times[INDUCTOR] / (counts[best] + beside)
     return Prediction(best.name, speedup, "itself", best.packed_bytes(problem))
 
 

@@ -32,9 +32,10 @@ FARTHEST = 3.0
 FARTHEST_SIZE = 3.0
 FARTHEST_CHANNELS = 1.5
 
-# Milliseconds. The host takes longer over an operator that is opaque to Inductor than over a kernel. So plans with one
-# are taken only where the device is busy for so long that it does not wait, or where CUDA graphs replay the call.
-OPAQUE_HIDDEN = 0.1
+# Milliseconds that the host takes longer over an operator that is opaque to Inductor than over a kernel (on the H200's
+# host, in Python; most of it is the dispatcher and triton's launcher). A plan with one is counted with no less, so that it
+# loses nothing where the host is what the device waits for; unless CUDA graphs replay the call.
+OPAQUE = 0.1
 
 # Less than this is not worth leaving Inductor, whose time differs from run to run, too.
 LEAST_SPEEDUP = 1.05
@@ -96,16 +97,17 @@ def _prediction(
     problem: Problem, case: Case, fitting: dict[str, Plan], replayed: bool, beside: float
 ) -> Prediction | None:
     growth = _products(problem) / _products(case.problem)
-    known = {
-        name: ms
-        for name, ms in case.plans.items()
-        if name in fitting and (replayed or not fitting[name].is_hopper or ms * growth >= OPAQUE_HIDDEN)
-    }
+    known = {name: counted(fitting[name], ms * growth, replayed) for name, ms in case.plans.items() if name in fitting}
     if not known:
         return None
     plan = min(known, key=known.__getitem__)
-    speedup = case.peer * growth / (known[plan] * growth + beside)
+    speedup = case.peer * growth / (known[plan] + beside)
     return Prediction(plan, speedup, case.name, fitting[plan].packed_bytes(problem))
+
+
+def counted(plan: Plan, ms: float, replayed: bool) -> float:
+    """What a plan that takes the device ``ms`` is counted with."""
+    return max(ms, OPAQUE) if plan.is_hopper and not replayed else ms
 
 
 def _products(problem: Problem) -> int:

@@ -17,7 +17,7 @@ program, so that stores are contiguous and x is read less often, comes in two wa
 Groups are separate products. Where one has too few channels for the tensor cores (depthwise), the same kernel
 multiplies and adds one channel at a time in fp32 instead: there TF32 does not apply, and the memory is the limit.
 
-The weight is packed for each call as [taps, groups, C_out / groups, C_in / groups] by plain torch operations, which
+The weight is packed for each call as [groups, C_out / groups, taps, C_in / groups] by plain torch operations, which
 compilers fold where the weight is constant. Beyond its edge x counts as zero, so a weight that is not finite makes NaN
 there.
 """
@@ -273,6 +273,7 @@ def _conv_transpose_kernel(
     WIDE: tl.constexpr = JOINED * SHARED_W  # phases along W in this program
     BLOCKS_K: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
     ROW_K: tl.constexpr = BLOCKS_K * BLOCK_K  # C_in as the weight is packed
+    TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
     W = width * W_UNIT
 
     # Programs that read the same inputs are neighbours: channels, then phases, then groups, then positions.
@@ -350,7 +351,7 @@ def _conv_transpose_kernel(
             count_w = tl.where(phase < STRIDE_W, count_w, 0)
         shared_w = tl.maximum(tl.minimum(e_w, STRIDE_W - 1 - phase), 0)
         shared = (shared_d * KERNEL_H + shared_h) * KERNEL_W + shared_w
-        ws_ptr = weight_ptr + ((shared * GROUPS + group) * C_OUT + known).to(OFFSET) * ROW_K
+        ws_ptr = weight_ptr + ((group * C_OUT + known).to(OFFSET) * TAPS + shared) * ROW_K
         if DOT:
             ws_ptr = ws_ptr[None, :] + k[:, None]  # [BLOCK_K, COLUMNS]
 
@@ -386,7 +387,7 @@ def _conv_transpose_kernel(
             tap_h = first_h + tap // count_w % count_h * STEP_H
             tap_w = first_w + tap % count_w * STEP_W
             tap = (tap_d * KERNEL_H + tap_h) * KERNEL_W + tap_w
-            w = tl.load(ws_ptr + (tap.to(OFFSET) * (ALL_OUT * ROW_K) + step % BLOCKS_K * BLOCK_K))
+            w = tl.load(ws_ptr + (tap * ROW_K + step % BLOCKS_K * BLOCK_K))
             if DOT:
                 if TF32:
                     x = rounded_to_tf32(x)
@@ -474,8 +475,11 @@ def _conv_transpose_kernel(
 
 
 def pack(weight: torch.Tensor, problem: Problem, tiling: Tiling) -> torch.Tensor:
-    """[taps, groups, C_out, C_in], C_in filled up with zeros to whole blocks, and rounded where the product is TF32."""
-    packed = weight.reshape(problem.groups, problem.C_in, problem.C_out, -1).permute(3, 0, 2, 1)
+    """[groups, C_out * taps, C_in], C_in filled up with zeros to whole blocks, and rounded where the product is TF32.
+
+    A transposition, which compilers know how to do at the speed of a copy.
+    """
+    packed = weight.reshape(problem.groups, problem.C_in, -1).transpose(1, 2)
     packed = packed.clone(memory_format=torch.contiguous_format)
     if problem.tf32 and problem.dot:
         packed = round_to_tf32(packed)

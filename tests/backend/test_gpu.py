@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import TOLERANCE, relative_rmse
-from fusion_backend import evidence, explain, fused_post
+from fusion_backend import autotune, choice, evidence, explain, fused_post
+from fusion_backend.kernels import hopper_march
+from fusion_backend.kernels.plans import plans_for
+from fusion_backend.kernels.problem import is_hopper
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,9 +78,94 @@ def test_the_numbers_and_the_kernels_of_a_model(dtype: torch.dtype, last: bool) 
     assert not any("torch.ops.fused_post" in code or "extern_kernels.conv" in code for code in codes)
 
 
+@pytest.fixture(params=["as chosen", "hopper"])
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """With "hopper": every site that can takes a plan of the march on Hopper. Counts its launches."""
+    if request.param == "as chosen":
+        return {}
+    counts = {"hopper": 0}
+    if not is_hopper(torch.device("cuda", 0)):
+        pytest.skip("no Hopper")
+    launch = hopper_march.launch
+
+    def counted(*args: Any) -> Any:
+        counts["hopper"] += 1
+        return launch(*args)
+
+    def measured_plan(site: Any, options: Any, relayout: bool = False) -> evidence.Prediction | str:
+        problem, _ = choice.problem_of(site, relayout)
+        plan = next((plan for plan in plans_for(problem) if plan.is_hopper), None)
+        return evidence.Prediction(plan.name, 2.0, "none", 0) if plan else "no such plan"
+
+    monkeypatch.setattr(hopper_march, "launch", counted)
+    monkeypatch.setattr(choice, "measured_plan", measured_plan)
+    return counts
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_a_plan_that_is_opaque_to_inductor(launches: dict[str, int], dtype: torch.dtype, last: bool) -> None:
+    """Alone, behind and before operations of Inductor's, and in CUDA graphs."""
+    model, x = setting(dtype, last)
+    for options in (FUSED, FUSED | {"triton.cudagraphs": True}):
+        compiled = torch.compile(model, backend=fused_post, options=options)
+        for _ in range(3):
+            y = compiled(x).clone()
+            assert_accurate(y, model, x)
+            assert compiled(x).stride() == model(x).stride()
+        torch._dynamo.reset()
+    assert launches.get("hopper", 1) > 0
+
+
+class Unet(nn.Module):
+    """Sites among ordinary convolutions, which Inductor lays out channels_last, with a skip connection around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.norm = nn.Conv2d(16, 64, 3, 2, 1), nn.BatchNorm2d(64)
+        self.up, self.out = nn.ConvTranspose2d(64, 32, 3, 2, 1, 1), nn.Conv2d(48, 16, 3, 1, 1)
+        self.last = nn.ConvTranspose2d(16, 16, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(self.norm(self.down(x)).relu()).relu()
+        return self.last(self.out(torch.cat([y, x], 1)).relu())
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_sites_among_convolutions_that_inductor_lays_out_anew(
+    launches: dict[str, int], dtype: torch.dtype, last: bool
+) -> None:
+    model, x = Unet().eval().to("cuda", dtype), torch.randn(4, 16, 34, 66, device="cuda", dtype=dtype)
+    if last:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    compiled = torch.compile(model, backend=fused_post, options=FUSED)
+    y = compiled(x)
+    assert_accurate(y, model, x)
+    assert y.stride() == model(x).stride()
+    assert [site.kernel for site in explain(compiled, x).sites] == ["fused", "fused"]
+
+
+@pytest.mark.parametrize("mode", ["max-autotune", "max-autotune-no-cudagraphs"])
+@torch.no_grad()
+def test_max_autotune_measures_while_the_model_is_compiled(mode: str) -> None:
+    model, x = setting(torch.bfloat16)
+    autotune._known.clear()
+    compiled = torch.compile(model, backend=fused_post, mode=mode)
+    state = torch.cuda.get_rng_state()
+    y = compiled(x).clone()
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert_accurate(y, model, x)
+    assert len(autotune._known) == 3
+    assert all(isinstance(found, evidence.Prediction) for found in autotune._known.values()), autotune._known
+    assert all("measured to have" in site.reason for site in explain(compiled, x).sites if site.matched)
+
+
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @torch.no_grad()
-def test_every_change_of_a_weight_is_seen(mode: str | None) -> None:
+def test_every_change_of_a_weight_is_seen(launches: dict[str, int], mode: str | None) -> None:
     model, x = setting(torch.bfloat16)
     options: dict[str, Any] = FUSED | ({"triton.cudagraphs": True} if mode else {})
     compiled, other = torch.compile(model, backend=fused_post, options=options), copy.deepcopy(model)
@@ -94,7 +182,7 @@ def test_every_change_of_a_weight_is_seen(mode: str | None) -> None:
 
 
 @torch.no_grad()
-def test_a_graph_that_the_user_captured_sees_the_weight_as_it_is_at_its_replay() -> None:
+def test_a_graph_that_the_user_captured_sees_the_weight_as_it_is_at_its_replay(launches: dict[str, int]) -> None:
     model, x = setting(torch.bfloat16)
     compiled = torch.compile(model, backend=fused_post, options=FUSED)
     stream = torch.cuda.Stream()
@@ -113,7 +201,7 @@ def test_a_graph_that_the_user_captured_sees_the_weight_as_it_is_at_its_replay()
 
 
 @torch.no_grad()
-def test_sizes_that_vary() -> None:
+def test_sizes_that_vary(launches: dict[str, int]) -> None:
     model, _ = setting(torch.bfloat16)
     compiled = torch.compile(model, backend=fused_post, options=FUSED, dynamic=True)
     for shape in ((4, 64, 17, 32), (2, 64, 9, 48), (1, 64, 33, 7)):
@@ -122,7 +210,7 @@ def test_sizes_that_vary() -> None:
 
 
 @torch.no_grad()
-def test_autocast() -> None:
+def test_autocast(launches: dict[str, int]) -> None:
     model, x = setting()
     compiled = torch.compile(model, backend=fused_post, options=FUSED)
     with torch.autocast("cuda", torch.bfloat16):
