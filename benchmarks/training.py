@@ -4,8 +4,8 @@
                                   [--out FILE]
 
 The step is ``model(x).backward(g)`` with gradients for x, the weight and both biases. Each gradient, of the whole
-batch, is checked against float64 before anything is timed. Rows are prepared (compiled and checked) by many processes at
-once, and then measured one after the other while all others wait. A row's contenders run in turn, on a cold cache:
+batch, is checked against float64 before anything is timed. Rows are prepared (compiled and checked) by many processes
+at once, and then measured one after the other while all others wait. A row's contenders run in turn, on a cold cache:
 
 ``ms``            on a GPU the device's time, of a step that was queued whole before its first kernel began
 ``wall_ms``       on a GPU also the time on the wall, with what the host takes for it, and no CUDA graph
@@ -13,8 +13,8 @@ once, and then measured one after the other while all others wait. A row's conte
 ``saved_bytes``   what forward leaves for backward on top of inputs, parameters and the result
 
 Max-autotune is without CUDA graphs, as all are. "fused_post epilogue" has PyTorch's convolution and keeps bits,
-"fused_post fused" has the fused kernel write them, where it can; on a GPU "fused_post inductor" keeps none. What Inductor
-tunes, it tunes while other rows are prepared. The data go to benchmarks/results as JSON after every row.
+"fused_post fused" has the fused kernel write them, where it can; on a GPU "fused_post inductor" keeps none. What
+Inductor tunes, it tunes while other rows are prepared. The data go to benchmarks/results as JSON after every row.
 """
 
 from __future__ import annotations
@@ -182,13 +182,16 @@ def saved_bytes(run: nn.Module, x: Tensor, others: list[Tensor]) -> int:
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """TimeoutError where the block takes longer. In the main thread of a process."""
+    """TimeoutError where the block takes longer; again each second, since a compiler may take it for its own failure.
+
+    In the main thread of a process alone.
+    """
 
     def stop(*_: object) -> None:
         raise TimeoutError("the row's time for preparing is spent")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(min(seconds, 1e6), 1e-3))
+    signal.setitimer(signal.ITIMER_REAL, max(min(seconds, 1e6), 1e-3), 1.0)
     try:
         yield
     finally:
@@ -255,8 +258,8 @@ def main() -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, processors // workers)))
     outcomes = rows.measured(
         list(rows.parts(todo, lambda key: bytes_of(*key), math.inf if args.cpu else torch.cuda.mem_get_info()[1] // 2)),
-        # A contender that is late is left out; only where it cannot be, the row is.
-        functools.partial(prepare, device=device, seconds=0.85 * args.limit),
+        # Processes take a while to start. A contender that is late is left out; only where it cannot be, the row is.
+        functools.partial(prepare, device=device, seconds=0.7 * args.limit),
         functools.partial(measure, seconds=args.seconds),
         workers,
         args.budget,
