@@ -6,7 +6,8 @@
 Needs a GPU; without one the exit code is 2. Each contender is checked before it is timed: every element written, and
 the error against float64. All of a row run in turn, each as a CUDA graph of one call, on a cold cache: what is compared
 is the device's time. The kernels alone get a packed weight and ready coefficients; "ours, packing" also packs; and
-"fused_post" is the model compiled by the backend, the fused kernel asked for, with all that belongs to a call. Rows
+"operator" and "fused_post" are the operator and the model, compiled, the fused kernel asked for, with all that belongs
+to a call; beside these and Inductor stands how long the host takes over a call. Rows
 are prepared (compiled and checked) by many processes at once, and then measured one after the other while all others
 wait. The data go to benchmarks/results as JSON after every row. Exit code 1 where one of ours is wrong or fails.
 
@@ -22,6 +23,7 @@ import functools
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -116,6 +118,8 @@ class Row:
         return x.movedim(1, -1).contiguous().movedim(-1, 1) if self.last else x.contiguous()
 
     def ours(self, plan: Plan, packing: bool = False) -> Callable[[], Tensor]:
+        if plan.is_hopper:
+            return self.hopper(plan)
         coefficients = kernels.coefficients_for(self.out, *split(self.values))
         frozen = kernels.pack_for(plan, self.weight, self.problem)
 
@@ -127,27 +131,29 @@ class Row:
 
         return run
 
-    def hopper(self) -> dict[str, Callable[[], Tensor]]:
-        """The march in Gluon, where it takes the case: the largest configuration that fits, in every order."""
-        if not hopper_march.is_hopper(self.x.device) or hopper_march.why_not(self.problem):
-            return {}
+    def hopper(self, plan: Plan) -> Callable[[], Tensor]:
         processors = torch.cuda.get_device_properties(self.x.device).multi_processor_count
         coefficients = kernels.coefficients_for(self.out, *split(self.values))
-        contenders: dict[str, Callable[[], Tensor]] = {}
-        first, *_ = fitting = hopper_strips.configs_for(self.problem)
-        for config in fitting:
-            march = hopper_strips.march_for(self.problem, self.x.shape, config, processors)
-            size = (config.channels, config.slots)
-            if size != (first.channels, first.slots) or hopper_strips.why_not_shape(self.problem, self.x.shape, march):
-                continue
-            packed = hopper_march.pack(self.weight, self.problem, config)
+        packed = kernels.pack_for(plan, self.weight, self.problem)
+        march = hopper_strips.march_for(self.problem, self.x.shape, plan.config, processors)
 
-            def run(packed: Tensor = packed, march: hopper_strips.March = march) -> Tensor:
-                hopper_march.launch(self.out, self.x, packed, self.problem, march, coefficients)
-                return self.out
+        def run() -> Tensor:
+            hopper_march.launch(self.out, self.x, packed, self.problem, march, coefficients)
+            return self.out
 
-            contenders[config.name] = run
-        return contenders
+        return run
+
+    def operator(self, plan: Plan) -> Callable[[], Tensor]:
+        """What the backend makes of a site that takes this plan, compiled by Inductor."""
+        case = self.case
+        sizes = ([case.stride], [case.padding], [case.output_padding], [1], 1)
+        tensors, numbers = split(self.values)
+
+        def run(x: Tensor, weight: Tensor, *tensors: Tensor | None) -> Tensor:
+            return kernels.conv_transpose(x, weight, *sizes, *tensors, *numbers, self.last, True, plan.name)
+
+        compiled = torch.compile(run, fullgraph=True, dynamic=False)
+        return lambda: compiled(self.x, self.weight, *tensors)
 
     def convolution(self) -> Tensor:
         return self.plain_convolution(self.x, self.weight)
@@ -170,17 +176,26 @@ class Row:
     def others(self, plans: str) -> list[Plan]:
         """Beside what the rule chooses: all that fit, none, or "likely" ones.
 
-        Those are the marches, where there are any, and the general kernel's with x as it is and turned, where not.
+        Those are the marches, where there are any, and the general kernel's with x as it is and turned, where not; of
+        the march on Hopper, the first size that fits, in every order.
         """
         everything = [] if plans == "chosen" else list(plans_for(self.problem))
+        if plans != "likely":
+            return everything
+        hopper = [plan for plan in everything if isinstance(plan.config, hopper_strips.Config)]
+        size = [(plan.config.channels, plan.config.slots) for plan in hopper]
+        hopper = [plan for plan, its in zip(hopper, size, strict=True) if its == size[0]]
         marches = [plan for plan in everything if plan.is_march]
-        return marches if plans == "likely" and marches else everything
+        return hopper + (marches or [plan for plan in everything if not plan.is_hopper])
 
     def contenders(self, plans: str, inductor: tuple[str, ...]) -> dict[str, Callable[[], Tensor]]:
         chosen = self.chosen
-        contenders = {plan.name: self.ours(plan) for plan in (chosen, *self.others(plans))}
-        contenders |= self.hopper()
+        taken = list(dict.fromkeys((chosen, *self.others(plans))))
+        contenders = {plan.name: self.ours(plan) for plan in taken}
         contenders["ours, packing"] = self.ours(chosen, packing=True)
+        opaque = next((plan for plan in taken if plan.is_hopper), None)
+        if opaque is not None and inductor:
+            contenders["operator, " + opaque.name] = self.operator(opaque)
         contenders["cudnn convolution alone"] = self.convolution
         contenders["eager"] = lambda: self.model(self.x)
         if inductor:
@@ -217,6 +232,7 @@ class Row:
         self.correct: dict[str, Callable[[], object]] = {}
         torch._dynamo.reset()
         contenders = self.contenders(plans, inductor)
+        self.compiled = {name: run for name, run in contenders.items() if is_compiled(name)}
         allowed = 2 * self.error(contenders["eager"], alone=False) + TOLERANCE[self.dtype] / 10
         for name, run in contenders.items():
             try:
@@ -232,6 +248,9 @@ class Row:
         columns, self.measured = self.columns, True
         for name, times in in_turn(self.correct, "cuda", seconds).items():
             columns[name] |= summary(times)
+        for name in self.correct:
+            if name in self.compiled:
+                columns[name]["host_us"] = host_us(self.compiled[name])
         best = min((columns[name]["ms"] for name in PEERS if name in self.correct), default=math.nan)
         moved = self.x.nbytes + self.out.nbytes + self.weight.nbytes
         for name in self.correct:
@@ -269,8 +288,23 @@ def as_graph(run: Callable[[], object]) -> Callable[[], object]:
     return lambda kept=run: graph.replay()  # what ``run`` holds must live as long as the graph, which reads it
 
 
+def host_us(run: Callable[[], object], calls: int = 30) -> float:
+    """Microseconds that the host takes over a call that it does not wait for: the median."""
+    times = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1e6)
+    return round(statistics.median(times), 1)
+
+
 def is_ours(name: str) -> bool:
-    return "warps" in name or name.startswith(("ours", "hopper", "fused_post"))
+    return "warps" in name or name.startswith(("ours", "operator", "hopper", "fused_post"))
+
+
+def is_compiled(name: str) -> bool:
+    return name.startswith(("operator", "fused_post", "inductor"))
 
 
 def show(title: str, columns: dict[str, dict[str, object]]) -> None:
@@ -280,8 +314,9 @@ def show(title: str, columns: dict[str, dict[str, object]]) -> None:
         if "ms" not in column:
             print(f" {mark} {name:32}{column.get('raised') or 'WRONG, not timed: error {error:.1e}'.format(**column)}")
             continue
+        host = "  host {host_us:.0f} us".format(**column) if "host_us" in column else ""
         numbers = "{ms:9.4f} ms {gb_per_s:6.0f} GB/s  error {error:.1e}  {speed:.2f}x the best peer".format(**column)
-        print(f" {mark} {name:32}{numbers}")
+        print(f" {mark} {name:32}{numbers}{host}")
 
 
 def names(text: str) -> list[str]:

@@ -35,7 +35,7 @@ def compact(row: dict[str, Any]) -> dict[str, Any] | None:
         beside = whole["ms"] - times[whole["plan"]]
     else:
         beside = times.get("ours, packing", 0.0) - times.get(chosen, 0.0)
-    plans = {name: round(ms + max(beside, 0.0), 5) for name, ms in times.items() if "warps" in name}
+    plans = {name: round(ms + max(beside, 0.0), 5) for name, ms in times.items() if is_plan(name)}
     return {
         "case": row["case"],
         "x": row["x"],
@@ -48,6 +48,10 @@ def compact(row: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
+def is_plan(name: str) -> bool:
+    return "warps" in name or "slots" in name
+
+
 def judge(rows: list[dict[str, Any]]) -> None:
     """Leave one out: what ``auto`` would take for it, against what it would have been best to take."""
     cases = [evidence.case_of(row) for row in rows]
@@ -55,7 +59,11 @@ def judge(rows: list[dict[str, Any]]) -> None:
     for row, own in zip(rows, cases, strict=True):
         others = tuple(case for case in cases if case is not own)
         with mock.patch.object(evidence, "measured", lambda gpu, others=others: others):
-            found = evidence.predict(replace(own.problem, shared_limit=227 * 1024), own.shape, "this GPU")
+            found = evidence.predict(
+                replace(own.problem, shared_limit=227 * 1024, hopper=any("slots" in name for name in own.plans)),
+                own.shape,
+                "this GPU",
+            )
         takes = isinstance(found, evidence.Prediction) and found.speedup >= evidence.LEAST_SPEEDUP
         taken += takes
         time = own.plans.get(found.plan, math.inf) if takes else own.peer

@@ -34,8 +34,7 @@ def fused_post(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any)
 
     Raises ValueError on an unknown key or value.
     """
-    options, rest = opt.parse(kwargs.get("options"))
-    inductor = opt.inductor(kwargs.get("mode"), rest)
+    options, inductor = opt.read(kwargs.get("mode"), kwargs.get("options"))
     try:
         fused = fuse(gm, options)
     except Exception:

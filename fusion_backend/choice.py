@@ -1,9 +1,10 @@
 """Which implementation a site gets, and why.
 
 ``auto`` takes a kernel of ours only where measurements on the same kind of GPU show it to be faster than Inductor: the
-fused kernel, by the plan that was fastest at the most similar measured convolution (``evidence``). Everywhere else it
-leaves the site to Inductor, with the tail folded. The epilogue kernel moves the same bytes as the pointwise kernel that
-Inductor makes of the tail, and is as fast, so ``auto`` never takes that.
+fused kernel, by the plan that was fastest at the most similar measured convolution (``evidence``), or at this very one
+where the user asks for measuring now (``autotune``). Everywhere else it leaves the site to Inductor, with the tail
+folded. The epilogue kernel moves the same bytes as the pointwise kernel that Inductor makes of the tail, and is no
+faster, so ``auto`` never takes that.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fusion_backend import autotune
 from fusion_backend.evidence import LEAST_SPEEDUP, Prediction, gpu_name, predict
 from fusion_backend.kernels.arguments import axes_for
 from fusion_backend.kernels.plans import choose_plan
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.support import why_unsupported
+from fusion_backend.options import Options
 from fusion_backend.patterns.coefficient import is_infinite, leaves
 from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
@@ -43,8 +46,9 @@ class Choice:
     plan: str | None = None  # of the fused kernel: the name of a measured one, or None for the operator's own rule
 
 
-def choose(site: Site, requested: str, functions: frozenset[str] = frozenset()) -> Choice:
-    """``requested`` is the user's ``fused_post.kernel``; ``functions`` are the names that the whole graph calls."""
+def choose(site: Site, options: Options, functions: frozenset[str] = frozenset()) -> Choice:
+    """``functions`` are the names that the whole graph calls."""
+    requested = options.kernel
     if "_make_dual" in functions:
         return Choice(None, "a forward-mode tangent flows through it, and folding would change it at the bounds")
     if "_vmap_increment_nesting" in functions and torch.is_grad_enabled():
@@ -61,32 +65,35 @@ def choose(site: Site, requested: str, functions: frozenset[str] = frozenset()) 
     if not problem and (requested != "epilogue" or trains) and site.convolution.weight is None:
         problem = "the convolution is a module call, which keeps its weight to itself"
     if requested == "auto":
-        return _auto(site, problem or why_not_measured(site, functions), trains, saves)
+        return _auto(site, options, problem or why_not_measured(site, functions), trains, saves)
     if problem:
         return _inductor(site, f"the {requested} kernel cannot run: {problem}", saves)
-    return Choice(
-        requested, "asked for", trains, _plan_asked_for(site) if requested == "fused" and not trains else None
-    )
+    plan = _plan_asked_for(site, options) if requested == "fused" and not trains else None
+    return Choice(requested, "asked for", trains, plan)
 
 
-def _auto(site: Site, problem: str | None, trains: bool, saves: bool) -> Choice:
+def _auto(site: Site, options: Options, problem: str | None, trains: bool, saves: bool) -> Choice:
     if problem:
         return _inductor(site, f"no kernel of ours is taken: {problem}", saves)
     if trains:
         return _inductor(site, "no kernel of ours is measured to be faster in training", saves)
-    found = measured_plan(site)
+    found = measured_plan(site, options)
     if isinstance(found, str):
         return _inductor(site, found, saves)
-    faster = f"{found.speedup:.2f} times the speed of Inductor at the most similar measured case, {found.case}"
+    if options.measures:
+        faster = f"measured to have {found.speedup:.2f} times the speed of Inductor"
+    else:
+        case = f"the most similar measured case, {found.case}"
+        faster = f"predicted to have {found.speedup:.2f} times the speed of Inductor at {case}"
     if found.speedup < LEAST_SPEEDUP:
-        return _inductor(site, f"the fused kernel is predicted to have {faster}", saves)
+        return _inductor(site, f"the fused kernel is {faster}", saves)
     packed = f"{found.packed_bytes / 1024:.0f} KiB for the packed weight"
-    return Choice("fused", f"predicted to have {faster}, by {found.plan}; {packed}", plan=found.plan)
+    return Choice("fused", f"{faster}, by {found.plan}; {packed}", plan=found.plan)
 
 
-def _plan_asked_for(site: Site) -> str | None:
+def _plan_asked_for(site: Site, options: Options) -> str | None:
     """The measured one or, where nothing is measured, the rule's; None where sizes are unknown."""
-    measured = measured_plan(site)
+    measured = measured_plan(site, options)
     if isinstance(measured, Prediction):
         return measured.plan
     found = problem_of(site)
@@ -108,13 +115,16 @@ def why_not_measured(site: Site, functions: frozenset[str]) -> str | None:
     return None
 
 
-def measured_plan(site: Site) -> Prediction | str:
-    """What the measurements on this site's GPU say of it, or why they say nothing."""
+def measured_plan(site: Site, options: Options) -> Prediction | str:
+    """What the measurements on this site's GPU say of it, those made now included, or why they say nothing."""
     found = problem_of(site)
     if found is None:
         return "its sizes are not known even roughly"
     problem, shape = found
-    return predict(problem, shape, gpu_name(site.convolution.value.device))
+    device = site.convolution.value.device
+    if options.measures:
+        return autotune.measure(problem, shape, device, gpu_name(device), options.replayed)
+    return predict(problem, shape, gpu_name(device), options.replayed)
 
 
 def problem_of(site: Site) -> tuple[Problem, tuple[int, ...]] | None:

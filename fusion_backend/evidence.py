@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fusion_backend.kernels.phases import Axis
-from fusion_backend.kernels.plans import plans_for
+from fusion_backend.kernels.plans import Plan, plans_for
 from fusion_backend.kernels.problem import SMALLEST_EDGE, Problem
 from fusion_backend.kernels.rounding import cdiv
 
@@ -31,6 +31,10 @@ FARTHEST = 3.0
 # Nor where any of the numbers of positions, or sizes, is farther than this, or of the channels than that.
 FARTHEST_SIZE = 3.0
 FARTHEST_CHANNELS = 1.5
+
+# Milliseconds. The host takes longer over an operator that is opaque to Inductor than over a kernel. So plans with one
+# are taken only where the device is busy for so long that it does not wait, or where CUDA graphs replay the call.
+OPAQUE_HIDDEN = 0.1
 
 # Less than this is not worth leaving Inductor, whose time differs from run to run, too.
 LEAST_SPEEDUP = 1.05
@@ -57,8 +61,11 @@ class Prediction:
     packed_bytes: int  # of the weight as the plan reads it
 
 
-def predict(problem: Problem, shape: Sequence[int], gpu: str) -> Prediction | str:
-    """For an x of ``shape`` on a ``gpu`` of this name; or why nothing can be said, in words."""
+def predict(problem: Problem, shape: Sequence[int], gpu: str, replayed: bool = False) -> Prediction | str:
+    """For an x of ``shape`` on a ``gpu`` of this name; or why nothing can be said, in words.
+
+    ``replayed``: the call becomes part of a CUDA graph, so that no operator costs the host anything.
+    """
     cases = measured(gpu)
     if not cases:
         return f"nothing is measured on {gpu}"
@@ -67,20 +74,37 @@ def predict(problem: Problem, shape: Sequence[int], gpu: str) -> Prediction | st
     if not near or (near[0][0] > 0 and len(near) < 2):
         return f"no measured case on {gpu} is like it"
     deciding = near[:1] if near[0][0] == 0 else near[:2]
-    fitting = {plan.name: plan.packed_bytes(problem) for plan in plans_for(problem)}
-    predictions = [_prediction(case, fitting) for _, case in deciding]
+    fitting = {plan.name: plan for plan in plans_for(problem)}
+    predictions = [_prediction(problem, case, fitting, replayed) for _, case in deciding]
     if any(prediction is None for prediction in predictions):
         return f"at a most similar measured case, {near[0][1].name}, no plan of ours that fits here was right"
     nearest, *others = (prediction for prediction in predictions if prediction is not None)
     return replace(nearest, speedup=min(each.speedup for each in (nearest, *others)))
 
 
-def _prediction(case: Case, fitting: dict[str, int]) -> Prediction | None:
-    known = {name: ms for name, ms in case.plans.items() if name in fitting}
+def ranked(problem: Problem, shape: Sequence[int], gpu: str) -> list[str]:
+    """The names of plans, those first that were fastest at the most similar measured case; none where none is near."""
+    cases = [(_distance(problem, tuple(shape), case), i, case) for i, case in enumerate(measured(gpu))]
+    distance, _, case = min(cases, default=(math.inf, 0, None))
+    return sorted(case.plans, key=case.plans.__getitem__) if case is not None and distance <= FARTHEST else []
+
+
+def _prediction(problem: Problem, case: Case, fitting: dict[str, Plan], replayed: bool) -> Prediction | None:
+    growth = _products(problem) / _products(case.problem)
+    known = {
+        name: ms
+        for name, ms in case.plans.items()
+        if name in fitting and (replayed or not fitting[name].is_hopper or ms * growth >= OPAQUE_HIDDEN)
+    }
     if not known:
         return None
     plan = min(known, key=known.__getitem__)
-    return Prediction(plan, case.peer / known[plan], case.name, fitting[plan])
+    return Prediction(plan, case.peer / known[plan], case.name, fitting[plan].packed_bytes(problem))
+
+
+def _products(problem: Problem) -> int:
+    """What the device's time grows with, among problems of one kind."""
+    return int(problem.positions) * problem.C_in * problem.C_out
 
 
 def _distance(problem: Problem, shape: tuple[int, ...], case: Case) -> float:

@@ -64,7 +64,7 @@ def _unwrap(model: Callable[..., Any]) -> tuple[Callable[..., Any], opt.Options,
     wrapper = innermost_backend(model.dynamo_ctx.callback)  # type: ignore[arg-type]
     if getattr(wrapper, "compiler_fn", None) is not fused_post:
         return original, opt.Options(), None
-    options, _ = opt.parse(wrapper.kwargs.get("options"))  # type: ignore[attr-defined]
+    options, _ = opt.read(wrapper.kwargs.get("mode"), wrapper.kwargs.get("options"))  # type: ignore[attr-defined]
     return original, options, wrapper.dynamic  # type: ignore[attr-defined]
 
 

@@ -32,9 +32,9 @@ def make_plan(module: fx.GraphModule, options: Options) -> tuple[Decision, ...]:
     def decide(node: fx.Node) -> Decision:
         found = match(node)
         if isinstance(found, Site):
-            return Decision(node, found, choose(found, options.kernel, called))
+            return Decision(node, found, choose(found, options, called))
         bare = match(node, bare=True)
-        choice = choose(bare, options.kernel, called) if isinstance(bare, Site) else None
+        choice = choose(bare, options, called) if isinstance(bare, Site) else None
         if isinstance(bare, Site) and choice is not None and choice.kernel == "fused":
             return Decision(node, bare, choice)
         return Decision(node, found, None)

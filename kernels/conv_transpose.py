@@ -35,7 +35,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_true
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
-from fusion_backend.kernels import epilogue, row_march, strips
+from fusion_backend.kernels import epilogue, hopper_march, hopper_strips, row_march, strips
 from fusion_backend.kernels.arguments import axes_for, check_inputs
 from fusion_backend.kernels.coefficients import (
     Coefficient,
@@ -61,6 +61,9 @@ from fusion_backend.kernels.tiling import Tiling, choose_tiling, tiling_for, why
 
 # In an image, of x or of the output: pixels, also those that fill a row of phases up, are counted in 32 bits.
 MOST_PIXELS = 2**30
+
+# As the arguments of a transposed convolution are called, in their order.
+AXIS = ("stride", "padding", "output_padding", "dilation")
 
 NO_COEFFICIENTS = Coefficients((None,) * 4, (0.0,) * 4, (False,) * 4)
 
@@ -593,6 +596,13 @@ def run(
     if gate is not None and (problem is None or tiling is None or why_no_bits(problem, tiling, sizes[-1])):
         return None
 
+    if problem is not None and plan is not None and isinstance(plan.config, hopper_strips.Config):
+        packed = pack_for(plan, weight, problem)
+        axes_of = tuple([int(getattr(axis, name)) for axis in axes] for name in AXIS)
+        y = hopper_march.conv_transpose_hopper(
+            x, weight, packed, *axes_of, *tensors, *numbers, out_last, allow_tf32, plan.name
+        )
+        return y, y.new_empty(0, dtype=torch.uint8)
     out = empty((x.shape[0], C_out, *sizes), x, out_last)
     bits = out.new_empty(0 if gate is None else cdiv(out.numel(), 8), dtype=torch.uint8)
     coefficients = coefficients_for(out, tensors, numbers)
@@ -624,6 +634,8 @@ def _plan(problem: Problem, x: torch.Tensor, name: str | None) -> Plan:
 def pack_for(plan: Plan, weight: torch.Tensor, problem: Problem) -> torch.Tensor:
     """The weight as the plan's kernel reads it."""
     problem = plan.problem(problem)
+    if isinstance(plan.config, hopper_strips.Config):
+        return hopper_march.pack(weight, problem, plan.config)
     if isinstance(plan.config, strips.Config):
         return row_march.pack(weight, problem, plan.config)
     tiling = tiling_for(problem, plan.config)
@@ -634,9 +646,10 @@ def pack_for(plan: Plan, weight: torch.Tensor, problem: Problem) -> torch.Tensor
 def launch_plan(
     out: torch.Tensor, x: torch.Tensor, packed: torch.Tensor, problem: Problem, plan: Plan, coefficients: Coefficients
 ) -> None:
-    """Fill ``out`` from ``x``, both dense, and from what ``pack_for`` returns."""
+    """Fill ``out`` from ``x``, both dense, and from what ``pack_for`` returns. Not for "hopper", which is opaque."""
     if out.numel() == 0:
         return
+    assert not isinstance(plan.config, hopper_strips.Config), "a plan with an operator of its own"
     if plan.turned:
         turned = empty(x.shape, x, True)
         epilogue.launch(turned, x, NO_COEFFICIENTS)

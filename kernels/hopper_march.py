@@ -13,8 +13,12 @@ shared memory and walks down rows of strips with three or more warp groups:
 All rows of all strips are one run, dealt out evenly to the multiprocessors. y is written once, and rounded once. Beyond
 its edge x counts as zero, so a weight that is not finite makes NaN there.
 
+Inductor writes the source of user kernels out again as plain Triton, which Gluon is not. So this kernel has an operator
+of its own that is opaque to Inductor, and costs the host more than a kernel does; ``conv_transpose`` calls it for plans
+called "hopper ...", with the weight packed where Inductor sees that.
+
 Gluon is an experimental part of triton: it is imported at the first launch, and where that, the compilation or the
-launch fails, the operator says so once and goes on with ``conv_transpose``'s kernels.
+launch fails, the operator says so once and goes on with ``conv_transpose``'s other kernels.
 """
 
 import functools
@@ -26,20 +30,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fusion_backend.kernels import conv_transpose, hopper_strips
+from fusion_backend.kernels import hopper_strips
 from fusion_backend.kernels.arguments import axes_for, check_inputs
 from fusion_backend.kernels.coefficients import Coefficients, Tensors, check_coefficients, coefficients_for
 from fusion_backend.kernels.hopper_form import Form
-from fusion_backend.kernels.hopper_strips import Config, March, configs_for, form_for, march_for, why_not_shape
+from fusion_backend.kernels.hopper_strips import (
+    CONFIGS,
+    Config,
+    March,
+    configs_for,
+    form_for,
+    march_for,
+    why_not_shape,
+)
 from fusion_backend.kernels.launching import unit_of
 from fusion_backend.kernels.layout import empty, is_channels_last
-from fusion_backend.kernels.problem import Problem, problem_for
+from fusion_backend.kernels.problem import Problem, is_hopper, problem_for
 from fusion_backend.kernels.strips import block_k_of, three_sizes, turned
 from fusion_backend.kernels.tf32 import round_to_tf32
 
 log = logging.getLogger(__name__)
-
-HOPPER = 9  # major compute capability
 
 
 @functools.cache
@@ -209,18 +219,17 @@ def _call(
     x: torch.Tensor,
     weight: torch.Tensor,
     axes_of: tuple[Any, ...],
-    groups: int,
     out_last: bool,
     allow_tf32: bool,
-    plan: str | None,
+    plan: str,
 ) -> Call | None:
     """None where the march does not take it. Raises as ``conv_transpose`` does."""
-    check_inputs(x, weight, groups)
+    check_inputs(x, weight, 1)
     axes = axes_for(x.dim() - 2, weight.shape[2:], *axes_of)
     sizes = [axis.output_size(size) for axis, size in zip(axes, x.shape[2:], strict=True)]
     if not is_hopper(x.device) or min(sizes) < 1:
         return None
-    problem = problem_for(x, weight, axes, groups, out_last, allow_tf32)
+    problem = problem_for(x, weight, axes, 1, out_last, allow_tf32)
     reason = why_not(problem)
     if reason is None:
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
@@ -232,21 +241,14 @@ def _call(
     return Call((x.shape[0], problem.C_out, *sizes), out_last, problem, march)
 
 
-def is_hopper(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] == HOPPER
-
-
-def _config(problem: Problem, plan: str | None) -> Config:
-    configs = configs_for(problem)
-    if plan is None:
-        return configs[0]
-    named = next((config for config in configs if config.name == plan), None)
-    if named is None:
-        known = [config.name for config in configs]
-        raise ValueError(f"plan is {plan!r}; allowed for this convolution are {known}")
-    return named
+def _config(problem: Problem, plan: str) -> Config:
+    """The one of that name or, where x has another layout than that is for, one that reads the same packed weight."""
+    named = next((config for config in CONFIGS if config.name == plan), None)
+    fitting = configs_for(problem)
+    alike = [config for config in fitting if named and config.channels == named.channels]
+    if named is None or not alike:
+        raise ValueError(f"plan is {plan!r}; allowed for this convolution are {[config.name for config in fitting]}")
+    return named if named in alike else alike[0]
 
 
 def _give_up(raised: Exception) -> None:
@@ -259,89 +261,81 @@ def _give_up(raised: Exception) -> None:
 def conv_transpose_hopper(
     x: torch.Tensor,
     weight: torch.Tensor,
+    packed: torch.Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     output_padding: Sequence[int],
     dilation: Sequence[int],
-    groups: int = 1,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    lo: torch.Tensor | None = None,
-    hi: torch.Tensor | None = None,
-    scale_number: float = 1.0,
-    shift_number: float = 0.0,
-    lo_number: float | None = None,
-    hi_number: float | None = None,
-    channels_last: bool | None = None,
-    allow_tf32: bool = True,
-    plan: str | None = None,
-    packed: torch.Tensor | None = None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    lo: torch.Tensor | None,
+    hi: torch.Tensor | None,
+    scale_number: float,
+    shift_number: float,
+    lo_number: float | None,
+    hi_number: float | None,
+    channels_last: bool,
+    allow_tf32: bool,
+    plan: str,
 ) -> torch.Tensor:
-    """What ``conv_transpose`` computes, by the march where the GPU is a Hopper and the march takes it.
+    """What ``conv_transpose`` computes with the plan of this name, one of ``configs_for``, and without groups.
 
-    Arguments, result and errors are those of ``conv_transpose``, but ``plan`` is the name of one of ``configs_for``,
-    and ``packed`` what ``pack`` returns for it, or for the first of them. Where ``conv_transpose`` takes over, it
-    chooses and packs by itself.
+    ``packed`` is what ``pack`` returns for it. Where the march cannot run after all, ``conv_transpose`` does by its own
+    rule, and packs ``weight``; arguments, result and errors are those of ``conv_transpose``. Inductor may give any of
+    the tensors in another layout than it was traced with.
     """
     tensors: Tensors = (scale, shift, lo, hi)
     numbers = (scale_number, shift_number, lo_number, hi_number)
     x_last = is_channels_last(x)
     if x_last is None:
         x, x_last = x.clone(memory_format=torch.contiguous_format), False
-    out_last = x_last if channels_last is None else channels_last
     axes_of = tuple(tuple(sizes) for sizes in (stride, padding, output_padding, dilation))
     given = (x.shape, x.dtype, x.device, x_last, weight.shape, weight.dtype, weight.device)
-    key = (*given, axes_of, groups, out_last, allow_tf32, plan)
+    key = (*given, axes_of, channels_last, allow_tf32, plan)
     if key not in _calls:
         if len(_calls) == MOST_CALLS:
             _calls.clear()
-        _calls[key] = _call(x, weight, axes_of, groups, out_last, allow_tf32, plan)
+        _calls[key] = _call(x, weight, axes_of, channels_last, allow_tf32, plan)
     call = None if _broken else _calls[key]
     if call is not None and not (x_last and x.data_ptr() % hopper_strips.COPY_BYTES):
         check_coefficients(call.problem.C_out, x.device, tensors)
-        out = empty(call.shape, x, out_last)
+        out = empty(call.shape, x, channels_last)
         coefficients = coefficients_for(out, tensors, numbers)
-        if packed is None:
-            packed = pack(weight, call.problem, call.march.config)
         try:
-            launch(out, x, packed, call.problem, call.march, coefficients)
+            launch(out, x, packed.contiguous(), call.problem, call.march, coefficients)
         except Exception as raised:  # an experimental interface: anything may have changed
             _give_up(raised)
         else:
             return out
-    ran = conv_transpose.run(
-        x, weight, stride, padding, output_padding, dilation, groups, tensors, numbers, channels_last, allow_tf32
+    return torch.ops.fused_post.conv_transpose.default(
+        x, weight, *axes_of, 1, *tensors, *numbers, channels_last, allow_tf32
     )
-    assert ran is not None, "None is for gates"
-    return ran[0]
 
 
 @conv_transpose_hopper.register_fake
 def _(
     x: torch.Tensor,
     weight: torch.Tensor,
+    packed: torch.Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     output_padding: Sequence[int],
     dilation: Sequence[int],
-    groups: int = 1,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    lo: torch.Tensor | None = None,
-    hi: torch.Tensor | None = None,
-    scale_number: float = 1.0,
-    shift_number: float = 0.0,
-    lo_number: float | None = None,
-    hi_number: float | None = None,
-    channels_last: bool | None = None,
-    allow_tf32: bool = True,
-    plan: str | None = None,
-    packed: torch.Tensor | None = None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    lo: torch.Tensor | None,
+    hi: torch.Tensor | None,
+    scale_number: float,
+    shift_number: float,
+    lo_number: float | None,
+    hi_number: float | None,
+    channels_last: bool,
+    allow_tf32: bool,
+    plan: str,
 ) -> torch.Tensor:
-    check_inputs(x, weight, groups)
-    C_out = weight.shape[1] * groups
+    check_inputs(x, weight, 1)
+    C_out = weight.shape[1]
     check_coefficients(C_out, x.device, (scale, shift, lo, hi))
     axes = axes_for(x.dim() - 2, weight.shape[2:], stride, padding, output_padding, dilation)
     sizes = [axis.output_size(size) for axis, size in zip(axes, x.shape[2:], strict=True)]
-    out_last = bool(is_channels_last(x)) if channels_last is None else channels_last
-    return empty((x.shape[0], C_out, *sizes), x, out_last)
+    return empty((x.shape[0], C_out, *sizes), x, channels_last)

@@ -1,8 +1,9 @@
 """How the operator computes a transposed convolution: by which kernel and configuration, and from x as it is or turned.
 
+    hopper    ``hopper_march``, on a Hopper, where the weight's taps fit in shared memory
     march     ``row_march``, where the weight's taps fit in shared memory
     general   ``conv_transpose``, for all there is
-    turned    either of them behind a pass that makes a contiguous x channels_last, at about a copy's speed
+    turned    either of the latter behind a pass that makes a contiguous x channels_last, at about a copy's speed
 
 A plan has a name, by which a measurement, a compiled graph and a report speak of it. What is chosen without a name is a
 rule, read off benchmarks/results/conv_transpose-nvidia-h200-first.json: march where it can, and turn x for the general
@@ -13,16 +14,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from fusion_backend.kernels import strips, tiling
+from fusion_backend.kernels import hopper_strips, strips, tiling
 from fusion_backend.kernels.problem import SMALLEST_EDGE, Problem
 from fusion_backend.kernels.rounding import cdiv
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A configuration of the march or of the general kernel; ``turned``: x is made channels_last first."""
+    """A configuration of a march or of the general kernel; ``turned``: x is made channels_last first."""
 
-    config: strips.Config | tiling.Config
+    config: hopper_strips.Config | strips.Config | tiling.Config
     turned: bool = False
 
     @property
@@ -30,8 +31,15 @@ class Plan:
         return isinstance(self.config, strips.Config)
 
     @property
+    def is_hopper(self) -> bool:
+        """Whether it runs as an operator of its own, which Inductor cannot look into."""
+        return isinstance(self.config, hopper_strips.Config)
+
+    @property
     def name(self) -> str:
-        """For example "march 64x32, 4 warps, 2 stages" or "turned 128x64x128, 4 warps, 3 stages"."""
+        """For example "hopper 64, 2 slots", "march 64x32, 4 warps, 2 stages", "turned 64x64x128, 4 warps, 3 stages"."""
+        if isinstance(self.config, hopper_strips.Config):
+            return self.config.name
         if isinstance(self.config, strips.Config):
             size = f"march {self.config.pixels}x{self.config.channels}"
         else:
@@ -42,7 +50,7 @@ class Plan:
     def packed_bytes(self, problem: Problem) -> int:
         """Of the weight as the kernel reads it, filled up to whole blocks."""
         taps = math.prod(axis.kernel for axis in problem.axes)
-        if isinstance(self.config, strips.Config):
+        if isinstance(self.config, (hopper_strips.Config, strips.Config)):
             C_out = cdiv(problem.C_out, self.config.channels) * self.config.channels
             return taps * C_out * strips.block_k_of(problem) * problem.dtype.itemsize
         cut = tiling.tiling_for(self.problem(problem), self.config)
@@ -57,6 +65,8 @@ class Plan:
 
 def plans_for(problem: Problem) -> Iterator[Plan]:
     """All that fit; there is always one."""
+    if problem.hopper and hopper_strips.why_not(problem) is None:
+        yield from map(Plan, hopper_strips.configs_for(problem))
     for turned in (False, True) if _can_turn(problem) else (False,):
         rest = Plan(tiling.DOT_CONFIGS[0], turned).problem(problem)
         if strips.why_not(rest) is None:

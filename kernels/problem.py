@@ -1,5 +1,6 @@
 """A transposed convolution as the choice of a kernel and of its configuration sees it, read off its tensors."""
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ from fusion_backend.kernels.phases import Axis
 from fusion_backend.kernels.rounding import cdiv
 
 SMALLEST_EDGE = 16  # of a product on the tensor cores
+
+HOPPER = 9  # major compute capability
+
+GLUON = "triton.experimental.gluon.nvidia.hopper"
 
 # What every GPU gives to a block.
 LEAST_SHARED_MEMORY = 64 * 1024
@@ -32,6 +37,7 @@ class Problem:
     exact: bool  # float32 that no tensor core may touch
     shared_limit: int
     tensor_memory: bool = False  # products are made in a memory of their own
+    hopper: bool = False  # the GPU is one, and triton has the language for what it alone has
 
     @property
     def dot(self) -> bool:
@@ -71,6 +77,7 @@ def problem_for(
         exact=fp32 and not allow_tf32 and nvidia,
         shared_limit=shared_memory_limit(x.device),
         tensor_memory=has_tensor_memory(x.device),
+        hopper=is_hopper(x.device) and importlib.util.find_spec(GLUON) is not None,
     )
 
 
@@ -84,6 +91,15 @@ def shared_memory_limit(device: torch.device) -> int:
 
 def has_tensor_memory(device: torch.device) -> bool:
     """As from compute capability 10.0 to 11."""
+    return _capability(device) in (10, 11)
+
+
+def is_hopper(device: torch.device) -> bool:
+    return _capability(device) == HOPPER
+
+
+def _capability(device: torch.device) -> int | None:
+    """The major one; None for what is no NVIDIA GPU."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] in (10, 11)
+        return None
+    return torch.cuda.get_device_capability(device)[0]

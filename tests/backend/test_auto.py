@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
-from fusion_backend import choice, evidence, explain, fused_post
+from fusion_backend import autotune, choice, evidence, explain, fused_post
 from fusion_backend.kernels import problem
+from fusion_backend.kernels.phases import Axis
 
 OPTIONS = {"fused_post.strict": True}
 
@@ -38,6 +41,10 @@ class Up(nn.Module):
 
 
 X = torch.randn(16, 64, 64, 64)
+K3S2 = Axis(3, 2, 1, 1)
+SEED = problem.Problem(
+    (Axis(), K3S2, K3S2), 64, 64, 1, 16 * 64 * 64, torch.bfloat16, False, False, False, False, 227 * 1024
+)
 
 
 @pytest.mark.usefixtures("on_h200")
@@ -140,6 +147,68 @@ def test_what_the_switch_for_tf32_forbids_is_not_done() -> None:
     finally:
         convolutions.fp32_precision = before
     assert kernels == {"ieee": "inductor", "tf32": "fused"}
+
+
+@pytest.fixture
+def timings(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What measuring finds, and 1 ms for anything else. All is compiled and run once, but not timed."""
+    found: dict[str, float] = {}
+    monkeypatch.setattr(autotune, "_known", {})
+    monkeypatch.setattr(autotune, "captured", lambda run, pool: run() is None or run)
+    monkeypatch.setattr(autotune, "timed", lambda contenders: {name: found.get(name, 1.0) for name in contenders})
+    return found
+
+
+@pytest.mark.usefixtures("on_h200")
+@pytest.mark.parametrize("fast", ["turned 128x128x64, 8 warps, 3 stages", "inductor"])
+def test_max_autotune_measures_and_takes_what_is_fastest(timings: dict[str, float], fast: str) -> None:
+    """Also where nothing of the kind was measured before, and without drawing from the user's random numbers."""
+    timings[fast] = 0.5
+    model = nn.Sequential(nn.ConvTranspose2d(64, 64, 5, 3, 1), nn.ReLU()).eval()
+    compiled = torch.compile(model, backend=fused_post, mode="max-autotune")
+    x, state = X[:2, :, :8, :8], torch.get_rng_state()
+    with torch.no_grad():
+        (site,) = explain(compiled, x).sites
+        torch.testing.assert_close(compiled(x), model(x))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert site.kernel == ("inductor" if fast == "inductor" else "fused")
+    speedup = "0.50" if fast == "inductor" else "2.00"
+    assert f"measured to have {speedup} times the speed of Inductor" in site.reason
+    if fast != "inductor":
+        assert f"by {fast}; " in site.reason
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_a_convolution_is_measured_once_and_what_fails_is_left_to_inductor(
+    timings: dict[str, float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Up().eval()
+    compiled = torch.compile(model, backend=fused_post, mode="max-autotune-no-cudagraphs")
+    with torch.no_grad(), mock.patch.object(autotune, "contenders", side_effect=RuntimeError("no memory")) as measured:
+        for _ in range(2):
+            assert [site.kernel for site in explain(compiled, X).sites] == ["inductor"]
+    assert measured.call_count == 1
+    assert "measuring a transposed convolution failed, Inductor takes it: no memory" in caplog.text
+
+
+def test_what_is_opaque_is_taken_where_the_host_is_hidden(
+    timings: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        autotune,
+        "contenders",
+        lambda problem, shape, device, plans: dict.fromkeys(["inductor", *(plan.name for plan in plans)]),
+    )
+    hopper = replace(SEED, hopper=True)
+    kinds = [autotune.candidates(each, X.shape, "unknown") for each in (SEED, hopper)]
+    assert [any(plan.is_hopper for plan in kind) for kind in kinds] == [False, True]
+    (first, *_) = (plan.name for plan in kinds[1] if plan.is_hopper)
+    for ms, replayed, taken in ((0.5, False, True), (0.05, False, False), (0.05, True, True)):
+        timings[first] = ms
+        autotune._known.clear()
+        found = autotune.measure(hopper, X.shape, torch.device("cpu"), "unknown", replayed)
+        assert isinstance(found, evidence.Prediction)
+        assert (found.plan == first) == taken
 
 
 def test_a_gpu_that_is_not_measured_is_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,36 +204,48 @@ def test_more_than_2_to_the_31_elements(hopper: str, last: bool) -> None:
     assert not y.isnan().any()
 
 
-def operator(conv: Conv, x: torch.Tensor, weight: torch.Tensor, **options: object) -> torch.Tensor:
+def operator(
+    conv: Conv, x: torch.Tensor, weight: torch.Tensor, last: bool, config: Config, shift: torch.Tensor | None = None
+) -> torch.Tensor:
+    """With a bound of 0 below."""
+    problem = problem_for(x, weight, conv.axes, 1, last, True)
     axes = zip(*((axis.stride, axis.padding, axis.output_padding, axis.dilation) for axis in conv.axes), strict=True)
-    return conv_transpose_hopper(x, weight, *map(list, axes), conv.groups, **options)
+    packed, sizes = pack(weight, problem, config), map(list, axes)
+    numbers = (1.0, 0.0, 0.0, None)
+    return conv_transpose_hopper(x, weight, packed, *sizes, None, shift, None, None, *numbers, last, True, config.name)
 
 
-def test_the_operator_runs_the_march(hopper: str) -> None:
-    for last, to_last in ((False, None), (True, None), (True, False)):
-        x, weight = K3S2.tensors(torch.bfloat16, hopper, last)
-        with mock.patch.object(hopper_march.conv_transpose, "run", side_effect=AssertionError("the march takes it")):
-            y, again = (operator(K3S2, x, weight, channels_last=to_last) for _ in range(2))
-            out_last = last if to_last is None else to_last
-            problem = problem_for(x, weight, K3S2.axes, 1, out_last, True)
-            config = configs_for(problem)[-1]
-            packed = pack(weight, problem, config)
-            third = operator(K3S2, x, weight, channels_last=to_last, plan=config.name, packed=packed)
-        assert is_laid_out(y, out_last)
-        assert torch.equal(y, again)
-        for each in (y, third):
-            assert_close(each, x, weight, K3S2)
+RELU = (None, None, 0.0, None)
+
+
+@pytest.mark.parametrize(("from_last", "to_last"), LAYOUTS)
+def test_the_operator_runs_the_march(hopper: str, from_last: bool, to_last: bool) -> None:
+    """Also where x, or the packed weight, comes in another layout than was asked for."""
+    x, weight = K3S2.tensors(torch.bfloat16, hopper, from_last)
+    for config in configs_for(problem_for(x, weight, K3S2.axes, 1, to_last, True)):
+        for given in (x, laid_out(x, not from_last), laid_out(x, from_last)[:, :, :, 3:40]):
+            conv = replace(K3S2, x=tuple(given.shape))
+            with mock.patch.object(hopper_march, "launch", side_effect=launch) as launched:
+                y, again = (operator(conv, given, weight, to_last, config) for _ in range(2))
+            assert launched.call_count == 2, "the march takes it"
+            assert is_laid_out(y, to_last)
+            assert torch.equal(y, again)
+            assert_close(y, given, weight, conv, RELU)
 
 
 def test_inductor_compiles_around_the_operator(hopper: str) -> None:
     x, weight = K3S2.tensors(torch.bfloat16, hopper, True)
+    config, *_ = configs_for(problem_for(x, weight, K3S2.axes, 1, True, True))
 
     def model(x: torch.Tensor) -> torch.Tensor:
-        return operator(K3S2, x * 2, weight, channels_last=True).relu()
+        y = conv_transpose(x * 2, weight, [2], [1], [1], [1], lo_number=0.0, channels_last=True, plan=config.name)
+        return y * 2
 
-    y = torch.compile(model, fullgraph=True)(x)
+    with mock.patch.object(hopper_march, "launch", side_effect=launch) as launched:
+        y = torch.compile(model, fullgraph=True)(x)
+    assert launched.call_count == 1
     assert is_laid_out(y, True)
-    assert_close(y, x * 2, weight, K3S2, (None, None, 0.0, None))
+    assert_close(y, x * 2, weight, K3S2, (2.0, None, 0.0, None))
 
 
 def test_the_operator_gives_gluon_up_once_it_fails(hopper: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -244,10 +256,24 @@ def test_the_operator_gives_gluon_up_once_it_fails(hopper: str, caplog: pytest.L
         caplog.at_level(logging.WARNING),
     ):
         for _ in range(2):
-            assert_close(operator(K3S2, x, weight), x, weight, K3S2)
+            assert_close(operator(K3S2, x, weight, False, CONFIGS[0]), x, weight, K3S2, RELU)
         assert fails.call_count == 1
     (record,) = caplog.records
     assert record.getMessage().endswith("from now on others do: RuntimeError: no such instruction")
+
+
+def test_the_general_operator_runs_the_march_by_its_name(hopper: str) -> None:
+    """Called as it is, and none of its errors is lost."""
+    x, weight = K3S2.tensors(torch.bfloat16, hopper)
+    sizes = ([2], [1], [1], [1])
+    with mock.patch.object(hopper_march, "launch", side_effect=launch) as launched:
+        y = conv_transpose(x, weight, *sizes, plan="hopper 64, 2 slots")
+    assert launched.call_count == 1
+    assert_close(y, x, weight, K3S2)
+    with pytest.raises(ValueError, match=r"plan is 'hopper 5 slots'; allowed for this convolution are .*hopper 64, 2"):
+        conv_transpose(x, weight, *sizes, plan="hopper 5 slots")
+    empty = conv_transpose(x[:0], weight, *sizes, plan="hopper 64, 2 slots")
+    assert empty.shape == (0, *K3S2.y[1:])
 
 
 def problem_of(conv: Conv, dtype: torch.dtype, last: bool, allow_tf32: bool = True) -> Problem:
@@ -343,26 +369,28 @@ def test_packs_every_value_once_and_zeros_beyond(dtype: torch.dtype) -> None:
 
 
 CPU = Conv((2, 16, 4, 5), 8, (3,), (2,), (1,), (1,))
+SMALLEST = next(config for config in CONFIGS if config.channels == 16)
 
 
 def test_the_operator_is_the_general_one_where_there_is_no_hopper() -> None:
     x, weight = CPU.tensors(torch.float32, "cpu")
     shift = torch.randn(8)
-    y = operator(CPU, x, weight, shift=shift, lo_number=0.0, channels_last=True)
+    y = operator(CPU, x, weight, True, SMALLEST, shift)
     assert is_laid_out(y, True)
     assert torch.equal(y, conv_transpose(x, weight, [2], [1], [1], [1], shift=shift, lo_number=0.0, channels_last=True))
     with pytest.raises(ValueError, match="shift has shape"):
-        operator(CPU, x, weight, shift=torch.randn(7))
+        operator(CPU, x, weight, True, SMALLEST, torch.randn(7))
     with pytest.raises(ValueError, match="the output would have sizes"):
-        operator(replace(CPU, padding=(9,)), x, weight)
+        operator(replace(CPU, padding=(9,)), x, weight, True, SMALLEST)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_opcheck(last: bool) -> None:
     x, weight = CPU.tensors(torch.float32, "cpu", last)
-    for channels_last in (None, False, True):
+    packed = pack(weight, problem_for(x, weight, CPU.axes, 1, last, True), SMALLEST)
+    tensors, numbers = (None, torch.randn(8), None, None), (1.0, 0.0, None, 0.5)
+    for channels_last in (False, True):
         torch.library.opcheck(
             conv_transpose_hopper._opoverload,
-            (x, weight, [2], [1], [1], [1], 1, None, torch.randn(8)),
-            {"hi_number": 0.5, "channels_last": channels_last},
+            (x, weight, packed, [2], [1], [1], [1], *tensors, *numbers, channels_last, True, SMALLEST.name),
         )

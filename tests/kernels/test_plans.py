@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fusion_backend.kernels.hopper_strips import why_not
 from fusion_backend.kernels.phases import Axis
 from fusion_backend.kernels.plans import choose_plan, plan_named, plans_for
 from fusion_backend.kernels.problem import Problem
@@ -27,7 +28,7 @@ DOWN = replace(SEED, axes=(Axis(), Axis(2, 2), Axis(2, 2)), C_in=512)
 EXACT = replace(SEED, dtype=torch.float32, exact=True)
 DEPTHWISE = replace(SEED, C_in=1, C_out=1, groups=64)
 EVERYTHING = [
-    replace(each, x_last=x_last, out_last=out_last, shared_limit=limit * 1024)
+    replace(each, x_last=x_last, out_last=out_last, shared_limit=limit * 1024, hopper=limit == 227)
     for each in (SEED, WIDE, DOWN, EXACT, DEPTHWISE)
     for x_last in (False, True)
     for out_last in (False, True)
@@ -46,7 +47,17 @@ def test_each_plan_is_found_by_its_name_and_by_no_other() -> None:
 
 def test_the_rule_takes_one_that_fits() -> None:
     for problem in EVERYTHING:
-        assert choose_plan(problem, (128, problem.C_in * problem.groups, 128, 128)) in list(plans_for(problem))
+        plan = choose_plan(problem, (128, problem.C_in * problem.groups, 128, 128))
+        assert plan in list(plans_for(problem))
+        assert not plan.name.startswith("hopper")
+
+
+def test_only_a_hopper_has_its_plans() -> None:
+    for problem in EVERYTHING:
+        hopper = [plan.name for plan in plans_for(problem) if plan.name.startswith("hopper")]
+        taken = problem.hopper and (why_not(problem) is None)
+        assert bool(hopper) == taken
+    assert any(plan.name == "hopper 64, 2 slots" for plan in plans_for(replace(SEED, hopper=True)))
 
 
 @pytest.mark.parametrize(

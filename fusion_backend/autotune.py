@@ -1,0 +1,170 @@
+"""What a site takes on this GPU, by each of our plans and by Inductor, measured while the model is compiled.
+
+This is what ``mode="max-autotune"`` asks for. The convolution is measured alone, with a bias and a clamp behind it, on
+random numbers: Inductor's own way, and the operator with the plans that are likely, each compiled by Inductor, so that
+packing the weight counts, and replayed as a CUDA graph on a cold cache, in turn. A convolution is measured once a
+process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch._inductor
+from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fusion_backend.evidence import OPAQUE_HIDDEN, Prediction, ranked
+from fusion_backend.kernels.layout import empty
+from fusion_backend.kernels.plans import Plan, choose_plan, plans_for
+from fusion_backend.kernels.problem import Problem
+
+log = logging.getLogger(__name__)
+
+INDUCTOR = "inductor"
+
+# Of our plans; each costs a second or two of compiling.
+MOST_PLANS = 6
+
+ROUNDS = 15
+CACHE_BYTES = 256 * 2**20  # more than any GPU's cache holds
+
+_known: dict[Any, Prediction | str] = {}
+
+
+def measure(
+    problem: Problem, shape: tuple[int, ...], device: torch.device, gpu: str, replayed: bool
+) -> Prediction | str:
+    """The fastest plan for an x of ``shape``, and its speed in units of Inductor's; or why it could not be measured.
+
+    ``replayed``: as for ``predict``.
+    """
+    key = (problem, shape, gpu, device.index, replayed)
+    if key not in _known:
+        try:
+            _known[key] = _measure(problem, shape, device, gpu, replayed)
+        except Exception as raised:  # whatever compiling or a full GPU raises: the site can go to Inductor
+            log.warning("measuring a transposed convolution failed, Inductor takes it: %s", raised, exc_info=True)
+            _known[key] = f"measuring failed: {type(raised).__name__}"
+    return _known[key]
+
+
+def _measure(problem: Problem, shape: tuple[int, ...], device: torch.device, gpu: str, replayed: bool) -> Prediction:
+    plans = candidates(problem, shape, gpu)
+    with contextlib.ExitStack() as stack:
+        for context in (
+            torch._guards.tracing(None),  # of the graph that is being compiled
+            _disable_current_modes(),
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+            torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(),
+        ):
+            stack.enter_context(context)
+        times = timed(contenders(problem, shape, device, plans))
+    log.info("%s on %s: %s", shape, gpu, ", ".join(f"{name} {ms:.4f} ms" for name, ms in times.items()))
+    for plan in plans:
+        if plan.is_hopper and not replayed and times.get(plan.name, math.inf) < OPAQUE_HIDDEN:
+            del times[plan.name]
+    best = min(plans, key=lambda plan: times.get(plan.name, math.inf))
+    speedup = times[INDUCTOR] / times.get(best.name, math.inf)
+    return Prediction(best.name, speedup, "itself", best.packed_bytes(problem))
+
+
+def candidates(problem: Problem, shape: tuple[int, ...], gpu: str) -> list[Plan]:
+    """The rule's, those that were fastest at similar measured convolutions, and the first ones of each kind."""
+    everything = list(plans_for(problem))
+    by_name = {plan.name: plan for plan in everything}
+    kinds: dict[tuple[bool, bool, bool], list[Plan]] = {}
+    for plan in everything:
+        kinds.setdefault((plan.is_hopper, plan.is_march, plan.turned), []).append(plan)
+    first = [plan for i in range(2) for kind in kinds.values() for plan in kind[i : i + 1]]
+    known = [by_name[name] for name in ranked(problem, shape, gpu) if name in by_name]
+    return list(dict.fromkeys([choose_plan(problem, shape), *known[:3], *first]))[:MOST_PLANS]
+
+
+def contenders(
+    problem: Problem, shape: tuple[int, ...], device: torch.device, plans: Sequence[Plan]
+) -> dict[str, Callable[[], object]]:
+    """Inductor's own way and the operator with each of the plans, compiled, on the same tensors."""
+    from fusion_backend.kernels import conv_transpose as kernels  # needs triton
+
+    rank = len(shape) - 2
+    axes = problem.axes[3 - rank :]
+    sizes = tuple([getattr(axis, name) for axis in axes] for name in kernels.AXIS)
+    like = torch.empty(0, dtype=problem.dtype, device=device)
+    generator = torch.Generator(device).manual_seed(0)  # the user's own goes on as if nothing had been drawn
+    x = empty(shape, like, problem.x_last).normal_(generator=generator)
+    kernel = [axis.kernel for axis in axes]
+    weight = like.new_empty(shape[1], problem.C_out, *kernel).normal_(generator=generator)
+    channels = problem.C_out * problem.groups
+    bias = like.new_empty(channels).normal_(generator=generator)
+    stride, padding, output_padding, dilation = sizes
+    convolve, last = kernels.CONV_TRANSPOSE[len(shape)], problem.out_last
+
+    def theirs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = convolve(x, weight, bias, stride, padding, output_padding, problem.groups, dilation)
+        return torch.clamp(y, 0.0, 1.0)
+
+    def ours(plan: Plan) -> Callable[..., Tensor]:
+        def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            coefficients = (None, bias.float(), None, None, 1.0, 0.0, 0.0, 1.0)
+            operator = torch.ops.fused_post.conv_transpose.default
+            return operator(x, weight, *sizes, problem.groups, *coefficients, last, not problem.exact, plan.name)
+
+        return run
+
+    functions = {INDUCTOR: theirs} | {plan.name: ours(plan) for plan in plans}
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    found: dict[str, Callable[[], object]] = {}
+    for name, function in functions.items():
+        try:
+            compiled = torch._inductor.compile(
+                fx.symbolic_trace(function), [x, weight, bias], options={"triton.cudagraphs": False}
+            )
+            found[name] = captured(functools.partial(compiled, x, weight, bias), pool)
+        except Exception as raised:  # of a plan of ours; without Inductor's there is nothing to compare
+            if name == INDUCTOR:
+                raise
+            log.warning("%s does not run here: %s", name, raised)
+    return found
+
+
+def captured(run: Callable[[], object], pool: Any) -> Callable[[], object]:
+    """``run`` as a CUDA graph. Graphs of one pool write their results to the same memory, one after the other."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        run()
+
+    def replay(kept: Any = run) -> None:
+        """What ``run`` holds lives as long as the graph."""
+        graph.replay()
+
+    return replay
+
+
+def timed(contenders: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Milliseconds, the median of each: all of them once a round, each time behind a write to more than the cache."""
+    cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(ROUNDS):
+        for name, run in contenders.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            cache.zero_()
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end))
+    return {name: statistics.median(each) for name, each in times.items()}
