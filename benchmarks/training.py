@@ -1,7 +1,7 @@
 """A training step through one site: forward and backward, fused_post beside eager, Inductor and Inductor max-autotune.
 
-    python -m benchmarks.training [--cases seed,unet_up2] [--dtypes float32] [--budget 150] [--limit 100] [--cpu]
-                                  [--out FILE]
+    python -m benchmarks.training [--cases seed,unet_up2 | sweep] [--dtypes float32] [--limit 100] [--budget 150]
+                                  [--cpu] [--out FILE]
 
 The step is ``model(x).backward(g)`` with gradients for x, the weight and both biases. Each gradient, of the whole
 batch, is checked against float64 before anything is timed. Rows are prepared (compiled and checked) by many processes
@@ -15,6 +15,9 @@ at once, and then measured one after the other while all others wait. A row's co
 Max-autotune is without CUDA graphs, as all are. "fused_post epilogue" has PyTorch's convolution and keeps bits,
 "fused_post fused" has the fused kernel write them, where it can; on a GPU "fused_post inductor" keeps none. What
 Inductor tunes, it tunes while other rows are prepared. The data go to benchmarks/results as JSON after every row.
+
+"sweep" is the same sites with a quarter of the batch, and with half the sizes: ``auto`` judges a site that is not among
+the measured ones by the two most like it (``python -m benchmarks.evidence``).
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,6 +48,20 @@ from benchmarks.sites import PEERS, RESULTS, contenders, names, show
 from fusion_backend.kernels.tf32 import round_to_tf32
 
 TRAINED = ("seed", "unet_up2", "kb100_3d", "dcgan_64")
+
+
+def sweep() -> dict[str, Case]:
+    """By name."""
+    cases = []
+    for case in map(CASES.__getitem__, TRAINED):
+        N, C_in, *sizes = case.x
+        cases.append(replace(case, name=f"{case.name} N={N // 4}", x=(N // 4, C_in, *sizes)))
+        halved = tuple(size // 2 for size in sizes)
+        cases.append(replace(case, name=f"{case.name} {'x'.join(map(str, halved))}", x=(N, C_in, *halved)))
+    return {case.name: case for case in cases}
+
+
+KNOWN = CASES | sweep()
 IMAGES = 8  # whose float64 gradients are computed at a time
 CPU_IMAGES, CPU_PIXELS = 4, 64 * 64  # of a case on the CPU
 
@@ -225,7 +243,7 @@ def bytes_of(case: Case, dtype: torch.dtype, *_: object) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=names, default=list(TRAINED), help=f"of {','.join(CASES)}")
+    parser.add_argument("--cases", type=names, default=list(TRAINED), help=f"of sweep,{','.join(KNOWN)}")
     parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=1.0, help="of measuring a row")
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds for preparing as many rows as fit")
@@ -233,9 +251,10 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="on the CPU, with small shapes")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/training_<device>.json")
     args = parser.parse_args()
-    unknown = set(args.cases) - set(CASES)
+    chosen = [name for given in args.cases for name in (sweep() if given == "sweep" else [given])]
+    unknown = set(chosen) - set(KNOWN)
     if unknown:
-        parser.error(f"unknown cases {sorted(unknown)}; known are {list(CASES)}")
+        parser.error(f"unknown cases {sorted(unknown)}; known are {['sweep', *KNOWN]}")
     if not args.cpu and not torch.cuda.is_available():
         parser.error("no GPU here; --cpu measures small shapes on the CPU")
 
@@ -244,8 +263,8 @@ def main() -> None:
     out = args.out or RESULTS / f"training_{where}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    data = environment() | {"device": device, "rows": []}
-    cases = [CASES[name].small(CPU_IMAGES, CPU_PIXELS) if args.cpu else CASES[name] for name in args.cases]
+    data = environment() | {"benchmark": "training", "device": device, "rows": []}
+    cases = [KNOWN[name].small(CPU_IMAGES, CPU_PIXELS) if args.cpu else KNOWN[name] for name in chosen]
     todo = [
         (case, getattr(torch, dtype), memory_format)
         for case in cases
