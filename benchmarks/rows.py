@@ -51,6 +51,9 @@ def measured(
         context = multiprocessing.get_context("spawn")
         processes = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(workers)]
         for part in todo:
+            if time.monotonic() - start > budget:
+                print(f"the budget of {budget:.0f} s is spent: {len(part)} rows are not prepared")
+                continue
             assigned = [(processes[i % workers], key) for i, key in enumerate(part)]
             until = time.monotonic() + limit
             tasks = [_submit(process, prepare, key) for process, key in assigned]
