@@ -319,6 +319,14 @@ def show(title: str, columns: dict[str, dict[str, object]]) -> None:
         print(f" {mark} {name:32}{numbers}{host}")
 
 
+def copy_gb_per_s(size: int = 2**30) -> int:
+    """Of a large copy: bytes read and written."""
+    source = torch.zeros(size, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    times = in_turn({"copy": lambda: target.copy_(source)}, "cuda", 0.1)["copy"]
+    return round(2 * size / statistics.median(times) / 1e6)
+
+
 def names(text: str) -> list[str]:
     return text.split(",")
 
@@ -378,7 +386,7 @@ def main() -> int:
     out = args.out or RESULTS / f"conv_transpose-{torch.cuda.get_device_name().lower().replace(' ', '-')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    data = environment() | {"rows": []}
+    data = environment() | {"copy_gb_per_s": copy_gb_per_s(), "rows": []}
     todo = [
         (KNOWN[name], getattr(torch, dtype), last) for name in cases for dtype in args.dtypes for last in (False, True)
     ]

@@ -137,6 +137,8 @@ def main() -> int:
     steps = [each for each in data if each.get("benchmark") == "training"]
     content |= part("runs", "cases", [each for each in data if each not in steps], compact)
     content |= part("training_runs", "training", steps, compact_training)
+    copies = [each["copy_gb_per_s"] for each in data if "copy_gb_per_s" in each]
+    content |= {"copy_gb_per_s": max(copies)} if copies else {}
     path.write_text(as_text({"gpu": gpu} | content))
     judge(content.get("cases", []))
     judge_training(content.get("training", []))

@@ -40,23 +40,25 @@ _known: dict[Any, Prediction | str] = {}
 
 
 def measure(
-    problem: Problem, shape: tuple[int, ...], device: torch.device, gpu: str, replayed: bool
+    problem: Problem, shape: tuple[int, ...], device: torch.device, gpu: str, replayed: bool, beside: float = 0.0
 ) -> Prediction | str:
     """The fastest plan for an x of ``shape``, and its speed in units of Inductor's; or why it could not be measured.
 
-    ``replayed``: as for ``predict``.
+    ``replayed`` and ``beside`` are as for ``predict``.
     """
-    key = (problem, shape, gpu, device.index, replayed)
+    key = (problem, shape, gpu, device.index, replayed, beside)
     if key not in _known:
         try:
-            _known[key] = _measure(problem, shape, device, gpu, replayed)
+            _known[key] = _measure(problem, shape, device, gpu, replayed, beside)
         except Exception as raised:  # whatever compiling or a full GPU raises: the site can go to Inductor
             log.warning("measuring a transposed convolution failed, Inductor takes it: %s", raised, exc_info=True)
             _known[key] = f"measuring failed: {type(raised).__name__}"
     return _known[key]
 
 
-def _measure(problem: Problem, shape: tuple[int, ...], device: torch.device, gpu: str, replayed: bool) -> Prediction:
+def _measure(
+    problem: Problem, shape: tuple[int, ...], device: torch.device, gpu: str, replayed: bool, beside: float
+) -> Prediction:
     plans = candidates(problem, shape, gpu)
     with contextlib.ExitStack() as stack:
         for context in (
@@ -73,7 +75,7 @@ def _measure(problem: Problem, shape: tuple[int, ...], device: torch.device, gpu
         if plan.is_hopper and not replayed and times.get(plan.name, math.inf) < OPAQUE_HIDDEN:
             del times[plan.name]
     best = min(plans, key=lambda plan: times.get(plan.name, math.inf))
-    speedup = times[INDUCTOR] / times.get(best.name, math.inf)
+    speedup = times[INDUCTOR] / (times.get(best.name, math.inf) + beside)
     return Prediction(best.name, speedup, "itself", best.packed_bytes(problem))
 
 

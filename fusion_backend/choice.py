@@ -19,7 +19,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusion_backend import autotune, training
-from fusion_backend.evidence import LEAST_SPEEDUP, Prediction, gpu_name, predict
+from fusion_backend.evidence import LEAST_SPEEDUP, Prediction, copy_rate, gpu_name, predict
 from fusion_backend.kernels.arguments import axes_for
 from fusion_backend.kernels.plans import choose_plan
 from fusion_backend.kernels.problem import Problem, problem_for
@@ -30,9 +30,17 @@ from fusion_backend.patterns.coefficient import is_infinite, leaves
 from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import needs_gradient, value_of
+from fusion_backend.surroundings import Surroundings
+
+UNKNOWN_LAYOUT = "which layout Inductor gives the convolutions beside it cannot be told"
+RELAID_IN_TRAINING = (
+    "a contiguous site among convolutions that Inductor may turn channels_last is not measured in training"
+)
 
 LEARNED_SCALE = "its scale is learned, and without the convolution's value the gradient of that takes a convolution"
 RELU_ALONE = "its result, which the next operation keeps, tells where the gradient of a relu passes"
+
+ALONE = Surroundings()
 
 
 @dataclass(frozen=True)
@@ -46,11 +54,11 @@ class Choice:
     why: str
     training: bool = False
     plan: str | None = None  # of the fused kernel: the name of a measured one, or None for the operator's own rule
+    relayout: bool = False  # a contiguous site becomes channels_last
 
 
-def choose(site: Site, options: Options, functions: frozenset[str] = frozenset()) -> Choice:
-    """``functions`` are the names that the whole graph calls."""
-    requested = options.kernel
+def choose(site: Site, options: Options, around: Surroundings = ALONE) -> Choice:
+    requested, functions = options.kernel, around.functions
     if "_make_dual" in functions:
         return Choice(None, "a forward-mode tangent flows through it, and folding would change it at the bounds")
     if "_vmap_increment_nesting" in functions and torch.is_grad_enabled():
@@ -67,19 +75,24 @@ def choose(site: Site, options: Options, functions: frozenset[str] = frozenset()
     if not problem and (requested != "epilogue" or trains) and site.convolution.weight is None:
         problem = "the convolution is a module call, which keeps its weight to itself"
     if requested == "auto":
-        return _auto(site, options, problem or why_not_measured(site, functions), trains, saves)
+        return _auto(site, options, around, problem, trains, saves)
     if problem:
         return _inductor(site, f"the {requested} kernel cannot run: {problem}", saves)
-    plan = _plan_asked_for(site, options) if requested == "fused" and not trains else None
-    return Choice(requested, "asked for", trains, plan)
+    if requested != "fused" or trains:
+        return Choice(requested, "asked for", trains)
+    relayout = is_relaid(site, around) is True
+    return Choice(requested, "asked for", plan=_plan_asked_for(site, options, relayout), relayout=relayout)
 
 
-def _auto(site: Site, options: Options, problem: str | None, trains: bool, saves: bool) -> Choice:
+def _auto(site: Site, options: Options, around: Surroundings, problem: str | None, trains: bool, saves: bool) -> Choice:
     if problem:
         return _inductor(site, f"no kernel of ours is taken: {problem}", saves)
     if trains:
-        return _trained(site, saves)
-    found = measured_plan(site, options)
+        return _trained(site, around, saves)
+    relayout = is_relaid(site, around)
+    if relayout is None:
+        return _inductor(site, f"no kernel of ours is taken: {UNKNOWN_LAYOUT}", saves)
+    found = measured_plan(site, options, relayout)
     if isinstance(found, str):
         return _inductor(site, found, saves)
     if options.measures:
@@ -90,10 +103,13 @@ def _auto(site: Site, options: Options, problem: str | None, trains: bool, saves
     if found.speedup < LEAST_SPEEDUP:
         return _inductor(site, f"the fused kernel is {faster}", saves)
     packed = f"{found.packed_bytes / 1024:.0f} KiB for the packed weight"
-    return Choice("fused", f"{faster}, by {found.plan}; {packed}", plan=found.plan)
+    layout = ", in channels_last like the convolutions beside it" if relayout else ""
+    return Choice("fused", f"{faster}, by {found.plan}{layout}; {packed}", plan=found.plan, relayout=relayout)
 
 
-def _trained(site: Site, saves: bool) -> Choice:
+def _trained(site: Site, around: Surroundings, saves: bool) -> Choice:
+    if is_relaid(site, around) is not False:
+        return _inductor(site, f"no kernel of ours is taken: {RELAID_IN_TRAINING}", saves)
     why = why_no_bits(site)
     if why and why != RELU_ALONE:
         return _inductor(site, f"no kernel of ours is taken: {why}", saves)
@@ -111,43 +127,56 @@ def _trained(site: Site, saves: bool) -> Choice:
     return Choice(best.way, f"{predicted}, {kept}", training=True)
 
 
-def _plan_asked_for(site: Site, options: Options) -> str | None:
+def _plan_asked_for(site: Site, options: Options, relayout: bool) -> str | None:
     """The measured one or, where nothing is measured, the rule's; None where sizes are unknown."""
-    measured = measured_plan(site, options)
+    measured = measured_plan(site, options, relayout)
     if isinstance(measured, Prediction):
         return measured.plan
-    found = problem_of(site)
+    found = problem_of(site, relayout)
     return choose_plan(*found).name if found else None
 
 
-def why_not_measured(site: Site, functions: frozenset[str]) -> str | None:
-    """Why measurements of a site alone do not hold for this one, in a graph that calls ``functions``; None: they do.
-
-    Inductor lays two-dimensional convolutions out channels_last, whatever the user's layout, and so what is between
-    them. A contiguous site among them would have copies on both sides, which a site alone has in Inductor only.
-    """
-    others = any(name.split(".")[0] in ("conv2d", "convolution", "cudnn_convolution") for name in functions)
-    if site.convolution.rank == 2 and others and not layout_of(site.convolution.value)[0]:
-        return (
-            "Inductor chooses the layout of the convolutions beside it, and a contiguous one among them is not "
-            "measured; a model in torch.channels_last is"
-        )
-    return None
+def is_relaid(site: Site, around: Surroundings) -> bool | None:
+    """Whether a contiguous site among Inductor's convolutions is one that Inductor turns channels_last with them."""
+    if site.convolution.rank != 2 or layout_of(site.convolution.value)[0]:
+        return False
+    return around.relayout
 
 
-def measured_plan(site: Site, options: Options) -> Prediction | str:
+def measured_plan(site: Site, options: Options, relayout: bool = False) -> Prediction | str:
     """What the measurements on this site's GPU say of it, those made now included, or why they say nothing."""
-    found = problem_of(site)
+    found = problem_of(site, relayout)
     if found is None:
         return "its sizes are not known even roughly"
     problem, shape = found
     device = site.convolution.value.device
+    gpu = gpu_name(device)
+    beside = 0.0
+    if relayout:
+        rate = copy_rate(gpu)
+        if rate is None:
+            return (
+                f"it would become channels_last like the convolutions beside it; how fast {gpu} copies is not measured"
+            )
+        beside = _copied_bytes(site, problem, shape) / rate
     if options.measures:
-        return autotune.measure(problem, shape, device, gpu_name(device), options.replayed)
-    return predict(problem, shape, gpu_name(device), options.replayed)
+        return autotune.measure(problem, shape, device, gpu, options.replayed, beside)
+    return predict(problem, shape, gpu, options.replayed, beside)
 
 
-def problem_of(site: Site) -> tuple[Problem, tuple[int, ...]] | None:
+def _copied_bytes(site: Site, problem: Problem, shape: tuple[int, ...]) -> int:
+    """Of a copy of x and one of the result, read and written.
+
+    Where these are fused with what stands before and behind, as in a U-Net, there are fewer. A result that leaves the
+    graph is turned back, which takes about twice as long as a copy.
+    """
+    sizes = (axis.output_size(size) for axis, size in zip(problem.axes[1:], shape[2:], strict=True))
+    result = shape[0] * problem.C_out * problem.groups * math.prod(sizes)
+    leaves = any(user.op == "output" for name in site.aliases for user in name.users)
+    return 2 * (math.prod(shape) + (2 if leaves else 1) * result) * problem.dtype.itemsize
+
+
+def problem_of(site: Site, relayout: bool = False) -> tuple[Problem, tuple[int, ...]] | None:
     """The convolution as kernels see it, and x's shape. What varies is as in this call; None where that is unknown."""
     convolution = site.convolution
     x, weight = (value_of(node) for node in (convolution.x, convolution.weight) if node is not None)
@@ -160,6 +189,8 @@ def problem_of(site: Site) -> tuple[Problem, tuple[int, ...]] | None:
     axes = axes_for(convolution.rank, weight.shape[2:], *sizes)
     last, allow_tf32 = layout_of(convolution.value)
     problem = problem_for(x.to(dtype), weight, axes, convolution.groups, bool(last), allow_tf32)
+    if relayout:
+        problem = replace(problem, x_last=True, out_last=True)
     spans = (cdiv(axis.output_size(size), axis.stride) for axis, size in zip(axes, shape[2:], strict=True))
     return replace(problem, positions=shape[0] * math.prod(spans)), shape
 

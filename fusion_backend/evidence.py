@@ -64,16 +64,19 @@ class Prediction:
     packed_bytes: int  # of the weight as the plan reads it
 
 
-def predict(problem: Problem, shape: Sequence[int], gpu: str, replayed: bool = False) -> Prediction | str:
+def predict(
+    problem: Problem, shape: Sequence[int], gpu: str, replayed: bool = False, beside: float = 0.0
+) -> Prediction | str:
     """For an x of ``shape`` on a ``gpu`` of this name; or why nothing can be said, in words.
 
-    ``replayed``: the call becomes part of a CUDA graph, so that no operator costs the host anything.
+    ``replayed``: the call becomes part of a CUDA graph, so that no operator costs the host anything. ``beside``:
+    milliseconds that any plan of ours takes on top, and the peers do not.
     """
     deciding = nearest(problem, shape, measured(gpu), gpu)
     if isinstance(deciding, str):
         return deciding
     fitting = {plan.name: plan for plan in plans_for(problem)}
-    predictions = [_prediction(problem, case, fitting, replayed) for case in deciding]
+    predictions = [_prediction(problem, case, fitting, replayed, beside) for case in deciding]
     if any(prediction is None for prediction in predictions):
         return f"at a most similar measured case, {deciding[0].name}, no plan of ours that fits here was right"
     first, *others = (prediction for prediction in predictions if prediction is not None)
@@ -98,7 +101,9 @@ def ranked(problem: Problem, shape: Sequence[int], gpu: str) -> list[str]:
     return sorted(case.plans, key=case.plans.__getitem__) if case is not None and distance <= FARTHEST else []
 
 
-def _prediction(problem: Problem, case: Case, fitting: dict[str, Plan], replayed: bool) -> Prediction | None:
+def _prediction(
+    problem: Problem, case: Case, fitting: dict[str, Plan], replayed: bool, beside: float
+) -> Prediction | None:
     growth = _products(problem) / _products(case.problem)
     known = {
         name: ms
@@ -108,7 +113,8 @@ def _prediction(problem: Problem, case: Case, fitting: dict[str, Plan], replayed
     if not known:
         return None
     plan = min(known, key=known.__getitem__)
-    return Prediction(plan, case.peer / known[plan], case.name, fitting[plan].packed_bytes(problem))
+    speedup = case.peer * growth / (known[plan] * growth + beside)
+    return Prediction(plan, speedup, case.name, fitting[plan].packed_bytes(problem))
 
 
 def _products(problem: Problem) -> int:
@@ -152,6 +158,14 @@ def measured(gpu: str) -> tuple[Case, ...]:
     """The cases measured on a GPU of this name; none where it is not known."""
     path = file_of(gpu)
     return tuple(case_of(row) for row in json.loads(path.read_text())["cases"]) if path.is_file() else ()
+
+
+@functools.cache
+def copy_rate(gpu: str) -> float | None:
+    """Bytes read and written in a millisecond, by a copy of much memory on a GPU of this name."""
+    path = file_of(gpu)
+    rate = json.loads(path.read_text()).get("copy_gb_per_s") if path.is_file() else None
+    return rate * 1e6 if rate else None
 
 
 def file_of(gpu: str) -> Path:

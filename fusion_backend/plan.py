@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from fusion_backend import surroundings
 from fusion_backend.choice import Choice, choose
 from fusion_backend.options import Options
-from fusion_backend.patterns.site import Site, find_convolutions, functions, match
-from fusion_backend.patterns.source import Miss
+from fusion_backend.patterns.site import Site, find_convolutions, match
+from fusion_backend.patterns.source import Miss, is_tensor, value_of
+from fusion_backend.surroundings import Surroundings
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,28 @@ class Decision:
 
 def make_plan(module: fx.GraphModule, options: Options) -> tuple[Decision, ...]:
     """One decision for each transposed convolution, in graph order. Changes nothing."""
-    called = functions(module)
+    around = surroundings.read(module)
+    plan = _decide(module, options, around)
+    left = [decision.node for decision in plan if decision.kernel != "fused" and _is_2d(decision.node)]
+    if left and len(left) < len(plan) and around.relayout is False:
+        plan = _decide(module, options, surroundings.read(module, left))
+    return plan
 
+
+def _decide(module: fx.GraphModule, options: Options, around: Surroundings) -> tuple[Decision, ...]:
     def decide(node: fx.Node) -> Decision:
         found = match(node)
         if isinstance(found, Site):
-            return Decision(node, found, choose(found, options, called))
+            return Decision(node, found, choose(found, options, around))
         bare = match(node, bare=True)
-        choice = choose(bare, options, called) if isinstance(bare, Site) else None
+        choice = choose(bare, options, around) if isinstance(bare, Site) else None
         if isinstance(bare, Site) and choice is not None and choice.kernel == "fused":
             return Decision(node, bare, choice)
         return Decision(node, found, None)
 
     return tuple(decide(node) for node in find_convolutions(module))
+
+
+def _is_2d(node: fx.Node) -> bool:
+    value = value_of(node)
+    return is_tensor(value) and len(value.shape) == 4

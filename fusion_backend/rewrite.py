@@ -50,14 +50,22 @@ def use_epilogue(site: Site) -> bool:
     return True
 
 
-def use_fused(site: Site, plan: str | None = None) -> bool:
-    """Replace convolution, bias and tail by the operator ``fused_post::conv_transpose``, which takes ``plan``."""
+def use_fused(site: Site, plan: str | None = None, relayout: bool = False) -> bool:
+    """Replace convolution, bias and tail by the operator ``fused_post::conv_transpose``, which takes ``plan``.
+
+    ``relayout``: by way of channels_last. What is read and what is returned keep their strides.
+    """
     from fusion_backend.kernels import conv_transpose  # noqa: F401  the import registers the operator, and needs triton
 
     readers = _readers(site)
     with _inserting(site):
-        layout = layout_of(site.convolution.value)
-        y = _call(site, torch.ops.fused_post.conv_transpose.default, *layout, plan)
+        last, allow_tf32 = layout_of(site.convolution.value)
+        y = _call(site, torch.ops.fused_post.conv_transpose.default, relayout or last, allow_tf32, plan)
+        if relayout:
+            x: Any = y.args[0]
+            with y.graph.inserting_before(y):
+                y.update_arg(0, y.graph.call_method("contiguous", (x,), {"memory_format": torch.channels_last}))
+            y = y.graph.call_method("contiguous", (y,))
     _replace(site, readers, y)
     site.convolution.node.graph.erase_node(site.convolution.node)
     return True

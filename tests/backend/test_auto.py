@@ -25,6 +25,7 @@ def on_h200(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice is made as on an H200, whose measurements ship with us; operators compute their references."""
     monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
     monkeypatch.setattr(choice, "gpu_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(choice, "copy_rate", lambda gpu: 1e11)  # so fast that no copy counts
     monkeypatch.setattr(problem, "shared_memory_limit", lambda device: 227 * 1024)
     torch._dynamo.reset()
 
@@ -93,16 +94,70 @@ def test_the_ways_in_which_users_run_models(how: str) -> None:
             torch.testing.assert_close(compiled(x), model(x), **tolerance)
 
 
+class Among(nn.Module):
+    """A site among ordinary convolutions, whose layout Inductor chooses."""
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.before, self.up = nn.Conv2d(64, 64, 1, groups=groups), nn.ConvTranspose2d(64, 64, 3, 2, 1, 1)
+        self.behind = nn.Conv2d(64, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.behind(self.up(self.before(x).relu()).relu())
+
+
 @pytest.mark.usefixtures("on_h200")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_among_ordinary_convolutions_a_site_is_taken_in_channels_last_alone(memory_format: torch.memory_format) -> None:
-    model = nn.Sequential(nn.Conv2d(64, 64, 1), nn.ConvTranspose2d(64, 64, 3, 2, 1, 1)).eval()
-    model, x = model.to(memory_format=memory_format), X.to(memory_format=memory_format)
+def test_a_site_among_ordinary_convolutions_is_channels_last_like_them(memory_format: torch.memory_format) -> None:
+    model = Among().eval().to(memory_format=memory_format)
+    x = X.to(memory_format=memory_format)
+    compiled = torch.compile(model, backend=fused_post, options=OPTIONS)
     with torch.no_grad():
         (site,) = explain(model, x).sites
-    taken = memory_format == torch.channels_last
-    assert site.kernel == ("fused" if taken else "inductor")
-    assert ("a contiguous one among them is not measured" in site.reason) == (not taken)
+        y, expected = compiled(x), model(x)
+    assert site.kernel == "fused"
+    assert ("in channels_last like the convolutions beside it" in site.reason) == (
+        memory_format is torch.contiguous_format
+    )
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert y.stride() == expected.stride()
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_a_contiguous_site_whose_layout_is_unknown_or_not_worth_its_copies_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with torch.no_grad():
+        (site,) = explain(Among(groups=2).eval(), X).sites
+        assert site.kernel == "inductor"
+        assert "which layout Inductor gives the convolutions beside it cannot be told" in site.reason
+        monkeypatch.setattr(choice, "copy_rate", lambda gpu: 1e9)  # a slower one
+        (site,) = explain(Among().eval(), X).sites
+        assert site.kernel == "inductor"
+        assert "is predicted to have 0." in site.reason
+        monkeypatch.setattr(choice, "copy_rate", lambda gpu: None)
+        (site,) = explain(Among().eval(), X).sites
+        assert "how fast NVIDIA H200 copies is not measured" in site.reason
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_a_transposed_convolution_that_inductor_keeps_is_one_of_those_it_lays_out() -> None:
+    """Behind it and alone, the same site is taken as it is."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.ConvTranspose2d(64, 64, 5, 1, 2), nn.ConvTranspose2d(64, 64, 3, 2, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).relu()).relu()
+
+    model = Two().eval()
+    with torch.no_grad():
+        kept, taken = explain(model, X).sites
+        (alone,) = explain(nn.Sequential(model.second, nn.ReLU()), X).sites
+    assert [kept.kernel, taken.kernel, alone.kernel] == ["inductor", "fused", "fused"]
+    assert "in channels_last" in taken.reason and "in channels_last" not in alone.reason
 
 
 @pytest.mark.usefixtures("on_h200")

@@ -1,0 +1,67 @@
+"""What stands beside a site in its graph, as far as the choice of its kernel depends on that.
+
+Inductor lays two-dimensional convolutions out channels_last, whatever the user's layout, where it expects that to pay
+(``GraphLowering.decide_layout_opt``), and with them all that is between them. A contiguous site among them that is
+measured as if it were alone would have copies on both sides. So it is turned channels_last as well, or left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch._inductor.config
+from torch import fx
+
+from fusion_backend.patterns.convolution import Convolution, read_convolution
+from fusion_backend.patterns.site import functions
+from fusion_backend.patterns.source import aten_name, is_tensor, value_of
+
+_CONVOLUTIONS = ("conv2d", "convolution", "cudnn_convolution")
+
+# Inductor relays out no graph with 300 of its nodes, which are smaller than ours, for each convolution.
+MOST_NODES = 60
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """``functions``: the names that the whole graph calls. ``relayout``: Inductor lays its two-dimensional convolutions
+    out channels_last; None where that cannot be told."""
+
+    functions: frozenset[str] = frozenset()
+    relayout: bool | None = False
+
+
+def read(module: fx.GraphModule, left: Iterable[fx.Node] = ()) -> Surroundings:
+    """``left`` are transposed convolutions that Inductor keeps."""
+    return Surroundings(functions(module), _relayout(module, [*_ordinary(module), *left]))
+
+
+def _ordinary(module: fx.GraphModule) -> Iterator[fx.Node]:
+    for child in module.modules():
+        if isinstance(child, fx.GraphModule):
+            for node in child.graph.nodes:
+                name = aten_name(node.target) or getattr(node.target, "__name__", "")
+                if node.op == "call_function" and name in _CONVOLUTIONS:
+                    yield node
+
+
+def _relayout(module: fx.GraphModule, convolutions: list[fx.Node]) -> bool | None:
+    if not convolutions or not torch._inductor.config.layout_optimization:
+        return False
+    values = [[value_of(each) for each in node.all_input_nodes[:2]] for node in convolutions]
+    if not all(len(pair) == 2 and all(map(is_tensor, pair)) for pair in values):
+        return None
+    if not all(isinstance(size, int) for pair in values for value in pair for size in value.shape):
+        return False  # Inductor leaves layouts alone where sizes vary
+    if any(map(_is_grouped, convolutions)) or len(module.graph.nodes) >= MOST_NODES * len(convolutions):
+        return None
+    return True
+
+
+def _is_grouped(node: fx.Node) -> bool:
+    """In groups of more than one channel, for which channels_last is slow."""
+    x, weight = (value_of(each) for each in node.all_input_nodes[:2])
+    transposed = read_convolution(node)
+    groups = transposed.groups if isinstance(transposed, Convolution) else x.shape[1] // weight.shape[1]
+    return weight.shape[1] > 1 and groups > 1
