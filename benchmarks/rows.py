@@ -49,16 +49,22 @@ def measured(
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         context = multiprocessing.get_context("spawn")
-        processes = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(workers)]
+
+        def new() -> ProcessPoolExecutor:
+            return stack.enter_context(ProcessPoolExecutor(1, context))
+
+        processes = [new() for _ in range(workers)]
+        ended: set[ProcessPoolExecutor] = set()
         for part in todo:
             if time.monotonic() - start > budget:
                 print(f"the budget of {budget:.0f} s is spent: {len(part)} rows are not prepared")
                 continue
+            processes = [new() if each in ended else each for each in processes]
             assigned = [(processes[i % workers], key) for i, key in enumerate(part)]
             until = time.monotonic() + limit
             tasks = [_submit(process, prepare, key) for process, key in assigned]
             outcomes = [
-                _outcome(process, task, until - time.monotonic())
+                _outcome(process, task, until - time.monotonic(), ended)
                 for (process, _), task in zip(assigned, tasks, strict=True)
             ]
             ready = sum(not isinstance(outcome, Exception) for outcome in outcomes)
@@ -69,7 +75,7 @@ def measured(
                 elif time.monotonic() - start > budget:
                     print(f"the budget of {budget:.0f} s is spent: {key[0].name} {key[1]} is not measured")
                 else:
-                    yield key, _outcome(process, _submit(process, measure, key), limit)
+                    yield key, _outcome(process, _submit(process, measure, key), limit, ended)
 
 
 def _submit(process: ProcessPoolExecutor, function: Callable[..., object], key: Key) -> Future[object]:
@@ -81,13 +87,19 @@ def _submit(process: ProcessPoolExecutor, function: Callable[..., object], key: 
         return task
 
 
-def _outcome(process: ProcessPoolExecutor, task: Future[object], seconds: float) -> object:
+def _outcome(
+    process: ProcessPoolExecutor, task: Future[object], seconds: float, ended: set[ProcessPoolExecutor]
+) -> object:
     """The result or the exception. A process that is not done in time would disturb the others, and ends."""
     try:
         return task.result(None if math.isinf(seconds) else max(seconds, 0.0))
     except concurrent.futures.TimeoutError:
         for each in list(process._processes.values()):
             each.kill()
+        ended.add(process)
         return TimeoutError("not done in time")
+    except BrokenProcessPool as raised:  # killed, as where memory runs out
+        ended.add(process)
+        return raised
     except Exception as raised:
         return raised
