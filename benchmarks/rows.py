@@ -19,13 +19,15 @@ from typing import Any
 Key = tuple[Any, ...]
 
 
-def parts(todo: Sequence[Key], bytes_of: Callable[[Key], int], most: float) -> Iterator[list[Key]]:
+def parts(
+    todo: Sequence[Key], bytes_of: Callable[[Key], int], most: float, most_rows: float = math.inf
+) -> Iterator[list[Key]]:
     """As many rows at once as take at most so many bytes together."""
     part: list[Key] = []
     taken = 0
     for key in todo:
         size = bytes_of(key)
-        if part and taken + size > most:
+        if part and (taken + size > most or len(part) == most_rows):
             yield part
             part, taken = [], 0
         part.append(key)

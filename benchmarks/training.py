@@ -71,7 +71,7 @@ class Row:
 
     def __init__(self, case: Case, device: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
         torch.manual_seed(0)
-        self.device, self.dtype, self.measured = device, dtype, False
+        self.device, self.dtype = device, dtype
         self.model = case.model().to(device, dtype)
         if memory_format is not torch.contiguous_format:
             self.model.conv.to(memory_format=memory_format)
@@ -143,7 +143,7 @@ class Row:
             torch.cuda.empty_cache()
 
     def measure(self, seconds: float) -> dict[str, dict[str, object]]:
-        columns, self.measured = self.columns, True
+        columns = self.columns
         steps = {name: functools.partial(self.step, run) for name, run in self.correct.items()}
         for name, times in in_turn(steps, self.device, seconds, 30, "ahead").items():
             columns[name] |= summary(times)
@@ -221,10 +221,8 @@ _PREPARED: dict[rows.Key, Row] = {}
 
 
 def prepare(case: Case, dtype: torch.dtype, memory_format: torch.memory_format, device: str, seconds: float) -> None:
-    for key in [key for key, row in _PREPARED.items() if row.measured]:
-        del _PREPARED[key]
-    if not _PREPARED:  # it would throw away what rows that wait have compiled
-        torch._dynamo.reset()
+    _PREPARED.clear()  # a process has one row at a time
+    torch._dynamo.reset()
     row = Row(case, device, dtype, memory_format)
     row.prepare(seconds)
     _PREPARED[case, dtype, memory_format] = row
@@ -275,8 +273,9 @@ def main() -> None:
     workers = min(len(todo), processors)
     # By default every process would have a pool of as many compilers as there are processors.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, processors // workers)))
+    most = math.inf if args.cpu else torch.cuda.mem_get_info()[1] // 2
     outcomes = rows.measured(
-        list(rows.parts(todo, lambda key: bytes_of(*key), math.inf if args.cpu else torch.cuda.mem_get_info()[1] // 2)),
+        list(rows.parts(todo, lambda key: bytes_of(*key), most, workers)),
         # Processes take a while to start. A contender that is late is left out; only where it cannot be, the row is.
         functools.partial(prepare, device=device, seconds=0.7 * args.limit),
         functools.partial(measure, seconds=args.seconds),
