@@ -19,15 +19,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
-import multiprocessing
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -36,6 +35,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from benchmarks import rows
 from benchmarks.cases import CASES, Case
 from benchmarks.measure import TOLERANCE, environment, in_turn, summary
 from benchmarks.sites import backend
@@ -350,17 +350,9 @@ def measure(case: Case, dtype: torch.dtype, last: bool, seconds: float) -> dict[
         return _PREPARED[case, dtype, last].measure(seconds)
 
 
-def parts(todo: list[tuple[Case, torch.dtype, bool]]) -> Iterator[list[tuple[Case, torch.dtype, bool]]]:
-    """As many rows at once as fit in the GPU's memory, with about ten tensors of the output's size for each."""
-    part, taken, most = [], 0, torch.cuda.mem_get_info()[1] // 2
-    for case, dtype, last in todo:
-        size = 10 * math.prod(case.y) * dtype.itemsize
-        if part and taken + size > most:
-            yield part
-            part, taken = [], 0
-        part.append((case, dtype, last))
-        taken += size
-    yield part
+def bytes_of(case: Case, dtype: torch.dtype, *_: object) -> int:
+    """What a row takes of the GPU's memory: about ten tensors of the output's size."""
+    return 10 * math.prod(case.y) * dtype.itemsize
 
 
 def launched_directly() -> contextlib.ExitStack:
@@ -398,28 +390,24 @@ def main() -> int:
     todo = [
         (KNOWN[name], getattr(torch, dtype), last) for name in cases for dtype in args.dtypes for last in (False, True)
     ]
-    workers = min(len(todo), os.cpu_count() or 1)
-    with contextlib.ExitStack() as stack:
-        context = multiprocessing.get_context("spawn")
-        processes = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(workers)]
-        for part in parts(todo):
-            assigned = [(processes[i % workers], each) for i, each in enumerate(part)]
-            for task in [process.submit(prepare, *each, args.plans, args.inductor) for process, each in assigned]:
-                task.result()
-            print(f"\n{len(part)} rows prepared at {time.monotonic() - start:.0f} s", flush=True)
-            for process, (case, dtype, last) in assigned:
-                if time.monotonic() - start > args.budget:
-                    print(f"the budget of {args.budget:.0f} s is spent: {case.name} {dtype} is not measured")
-                    continue
-                columns = process.submit(measure, case, dtype, last, args.seconds).result()
-                layout = "channels_last" if last else "contiguous"
-                show(f"{case.name} {str(dtype).removeprefix('torch.')} {layout}", columns)
-                sizes = (case.kernel, case.stride, case.padding, case.output_padding)
-                described = {"case": case.name, "x": case.x, "y": case.y, "kernel_stride_padding": sizes}
-                described |= {"dtype": str(dtype).removeprefix("torch."), "memory_format": layout}
-                data["rows"].append(described | {"contenders": columns})
-                data["seconds"] = round(time.monotonic() - start, 1)
-                out.write_text(json.dumps(data, indent=1) + "\n")
+    outcomes = rows.measured(
+        list(rows.parts(todo, lambda key: bytes_of(*key), torch.cuda.mem_get_info()[1] // 2)),
+        functools.partial(prepare, plans=args.plans, inductor=args.inductor),
+        functools.partial(measure, seconds=args.seconds),
+        min(len(todo), os.cpu_count() or 1),
+        args.budget,
+    )
+    for (case, dtype, last), columns in outcomes:
+        if isinstance(columns, Exception):
+            raise columns
+        layout = "channels_last" if last else "contiguous"
+        show(f"{case.name} {str(dtype).removeprefix('torch.')} {layout}", columns)
+        sizes = (case.kernel, case.stride, case.padding, case.output_padding)
+        described = {"case": case.name, "x": case.x, "y": case.y, "kernel_stride_padding": sizes}
+        described |= {"dtype": str(dtype).removeprefix("torch."), "memory_format": layout}
+        data["rows"].append(described | {"contenders": columns})
+        data["seconds"] = round(time.monotonic() - start, 1)
+        out.write_text(json.dumps(data, indent=1) + "\n")
     bad = [
         (row["case"], row["dtype"], row["memory_format"], name)
         for row in data["rows"]

@@ -1,11 +1,12 @@
-"""What ``auto`` chooses by, from the results of the convolution benchmark, and how good its choices are.
+"""What ``auto`` chooses by, from the results of the convolution and training benchmarks, and how good its choices are.
 
     python -m benchmarks.evidence RESULTS.json ...
 
-Writes fusion_backend/measured/<gpu>.json. To each plan's time is added what the compiled call takes beside it, mostly
-packing the weight: the time of "fused_post" less that of its plan where that was measured, else of the packing alone.
-Then every case is taken out in turn and predicted from the others: printed is how often ``auto`` would have been slower
-than the best peer, or than the best plan, and by how much.
+Writes fusion_backend/measured/<gpu>.json; what the results say nothing of, inference or training, stays in it as it is.
+To each plan's time is added what the compiled call takes beside it, mostly packing the weight: the time of "fused_post"
+less that of its plan where that was measured, else of the packing alone. Of a training step the file gets our ways that
+keep bits, and the fastest of all that keep none. Then every case is taken out in turn and predicted from the others:
+printed is how often ``auto`` would have been slower than the best peer, or than the best plan, and by how much.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fusion_backend import evidence
+from fusion_backend import evidence, training
 
 PEERS = ("eager", "inductor", "inductor max-autotune")
 
@@ -45,6 +47,35 @@ def compact(row: dict[str, Any]) -> dict[str, Any] | None:
         "memory_format": row["memory_format"],
         "plans": dict(sorted(plans.items(), key=lambda item: item[1])),
         "peer": round(min(times[name] for name in PEERS if name in times), 5),
+    }
+
+
+# Our ways to train, and what the benchmark calls them. Folded and left to Inductor a site keeps no bits.
+WAYS = {"fused": "fused_post fused", "epilogue": "fused_post epilogue"}
+WITHOUT_BITS = (*PEERS, "fused_post inductor")
+
+
+def compact_training(row: dict[str, Any]) -> dict[str, Any] | None:
+    """None where Inductor was not measured beside our ways."""
+    columns = {name: column for name, column in row["contenders"].items() if "ms" in column}
+    if "inductor" not in columns:
+        return None
+    peer = min((name for name in WITHOUT_BITS if name in columns), key=lambda name: columns[name]["ms"])
+    taken = {way: columns[name] for way, name in WAYS.items() if name in columns}
+    every = taken | {"peer": columns[peer]}
+    return {
+        "case": row["case"],
+        "x": row["x"],
+        "C_out": row["y"][1],
+        "kernel_stride_padding": row["kernel_stride_padding"],
+        "tail": row["tail"],
+        "dtype": row["dtype"],
+        "memory_format": "channels_last" if "last" in row["memory_format"] else "contiguous",
+        "plans": {way: round(column["ms"], 5) for way, column in taken.items()},
+        "peer": round(columns[peer]["ms"], 5),
+        "peer_is": peer,
+        "kept": {name: column["saved_bytes"] for name, column in every.items()},
+        "peak": {name: column["peak_bytes"] for name, column in every.items()},
     }
 
 
@@ -78,29 +109,67 @@ def judge(rows: list[dict[str, Any]]) -> None:
             print(f"    {title}: {ratio:.2f} of its time")
 
 
+def judge_training(rows: list[dict[str, Any]]) -> None:
+    """What ``auto`` takes at each measured case: by itself, and by the others."""
+    cases = [training.case_of(row) for row in rows]
+    print(f"{len(cases)} training steps; taken, and where only the others are known:")
+    for row, own in zip(rows, cases, strict=True):
+        found = []
+        for known in (cases, [case for case in cases if case is not own]):
+            with mock.patch.object(training, "measured", lambda gpu, known=known: known):
+                found.append(training.predict(own.problem, own.shape, own.relu, "this GPU"))
+        ways = " / ".join(each.way if not isinstance(each, str) and each.is_taken else "inductor" for each in found)
+        times = ", ".join(f"{way} {own.peer / ms:.2f}x" for way, ms in own.plans.items())
+        print(f"    {row['case']} {row['dtype']} {row['memory_format']}: {ways} ({times})")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="files of benchmarks.conv_transpose from one kind of GPU")
+    parser.add_argument("results", type=Path, nargs="+", help="files of both benchmarks from one kind of GPU")
     data = [json.loads(path.read_text()) for path in parser.parse_args().results]
     gpus = {each["gpu"] for each in data}
     if len(gpus) != 1:
         parser.error(f"the results are from {sorted(gpus)}; allowed are those of one kind of GPU")
     (gpu,) = gpus
-    found = [[row for row in map(compact, each["rows"]) if row is not None] for each in data]
-    rows = [row for part in found for row in part]
-    used = [each for each, part in zip(data, found, strict=True) if part]
-    copies = [each["copy_gb_per_s"] for each in data if "copy_gb_per_s" in each]
-    copy = f' "copy_gb_per_s": {max(copies)},\n' if copies else ""
-    runs = [{name: each[name] for name in ("versions", "date", "commit", "command")} for each in used]
     path = evidence.file_of(gpu)
     path.parent.mkdir(exist_ok=True)
-    lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    path.write_text(
-        f'{{\n "gpu": {json.dumps(gpu)},\n{copy} "runs": {json.dumps(runs)},\n "cases": [\n{lines}\n ]\n}}\n'
-    )
-    judge(rows)
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    steps = [each for each in data if each.get("benchmark") == "training"]
+    content |= part("runs", "cases", [each for each in data if each not in steps], compact)
+    content |= part("training_runs", "training", steps, compact_training)
+    copies = [each["copy_gb_per_s"] for each in data if "copy_gb_per_s" in each]
+    content |= {"copy_gb_per_s": max(copies)} if copies else {}
+    path.write_text(as_text({"gpu": gpu} | content))
+    judge(content.get("cases", []))
+    judge_training(content.get("training", []))
     print(path)
     return 0
+
+
+def as_text(content: dict[str, Any]) -> str:
+    """JSON with a line for each row."""
+    entries = []
+    for name, value in content.items():
+        text = json.dumps(value)
+        if name in ("cases", "training"):
+            text = "[\n" + ",\n".join("  " + json.dumps(row) for row in value) + "\n ]"
+        entries.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def part(
+    runs: str, rows: str, data: list[dict[str, Any]], compact: Callable[[dict[str, Any]], dict[str, Any] | None]
+) -> dict[str, Any]:
+    """What the results of one benchmark put into the file: nothing where there are none."""
+    found = [[row for row in map(compact, each["rows"]) if row is not None] for each in data]
+    used = [each for each, some in zip(data, found, strict=True) if some]
+    if not used:
+        return {}
+    of_run = ("versions", "date", "commit", "command")
+    return {
+        runs: [{name: each[name] for name in of_run} for each in used],
+        rows: [row for some in found for row in some],
+    }
 
 
 if __name__ == "__main__":

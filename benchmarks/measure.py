@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,19 +35,29 @@ def relative_rmse(result: Tensor, model: nn.Module, inputs: tuple[Tensor, ...]) 
 
 
 def in_turn(
-    contenders: Mapping[str, Callable[[], object]], device: str, seconds: float = 1.0
+    contenders: Mapping[str, Callable[[], object]],
+    device: str,
+    seconds: float = 1.0,
+    most: int = 100,
+    host: Literal["beside", "ahead", "waited for"] = "beside",
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call: every contender once a round, as many rounds (10 to 100) as fit in ``seconds``.
+    """Milliseconds of each call: every contender once a round, as many rounds (10 to ``most``) as fit in ``seconds``.
 
-    Each round begins with another contender, so that none always follows the same one.
+    Each round begins with another contender, so that none always follows the same one. On a GPU the time is its own,
+    from the first kernel to the last, where the ``host`` may be late; or the host is "ahead", all kernels being queued
+    before the first begins; or it is "waited for", and what is measured is the time on the wall.
     """
     if not contenders:
         return {}
-    once = _once_on_gpu(torch.empty(CACHE_BYTES, dtype=torch.int8, device=device)) if device == "cuda" else _once_on_cpu
+    if device == "cuda":
+        cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device=device)
+        once = {"beside": _once_on_gpu, "ahead": _once_behind_host, "waited for": _once_with_host}[host](cache)
+    else:
+        once = _once_on_cpu
     for run in contenders.values():
-        once(run)
+        run()
     round_ms = sum(once(run) for run in contenders.values())
-    rounds = max(10, min(100, int(seconds * 1e3 / round_ms)))
+    rounds = max(10, min(most, int(seconds * 1e3 / round_ms)))
 
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -72,6 +83,40 @@ def _once_on_gpu(cache: Tensor) -> Callable[[Callable[[], object]], float]:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
+
+    return once
+
+
+def _once_behind_host(cache: Tensor) -> Callable[[Callable[[], object]], float]:
+    """The GPU sleeps until all of the call is queued: twice as long each time that it was not."""
+    cycles, most = 2_000_000, 32_000_000  # about 1 and 16 ms
+
+    def once(run: Callable[[], object]) -> float:
+        nonlocal cycles
+        while True:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            cache.zero_()
+            torch.cuda._sleep(cycles)
+            begin.record()
+            run()
+            end.record()
+            late = begin.query()
+            end.synchronize()
+            if not late or cycles >= most:
+                return begin.elapsed_time(end)
+            cycles *= 2
+
+    return once
+
+
+def _once_with_host(cache: Tensor) -> Callable[[Callable[[], object]], float]:
+    def once(run: Callable[[], object]) -> float:
+        cache.zero_()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3
 
     return once
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import time
 import types
@@ -36,15 +37,19 @@ def backend() -> str | Callable[..., object]:
     return fused_post
 
 
-def contenders(model: nn.Module) -> dict[str, Callable[..., Tensor]]:
+def contenders(model: nn.Module, autotune: str = "max-autotune") -> dict[str, Callable[..., Tensor]]:
+    """``autotune``: the mode that stands for Inductor max-autotune."""
     kernels = ("auto", "fused", "epilogue", "inductor")
+    compiled = functools.partial(torch.compile, dynamic=False)
     return {
         "eager": model,
-        "inductor": torch.compile(twin(model, "inductor")),
-        "inductor max-autotune": torch.compile(twin(model, "autotune"), mode="max-autotune"),
+        "inductor": compiled(twin(model, "inductor")),
+        "inductor max-autotune": compiled(twin(model, "autotune"), mode=autotune),
         **{
-            f"fused_post {kernel}": torch.compile(
-                twin(model, kernel), backend=backend(), options={"fused_post.kernel": kernel}
+            f"fused_post {kernel}": compiled(
+                twin(model, kernel),
+                backend=backend(),
+                options={"fused_post.kernel": kernel, "fused_post.strict": True},
             )
             for kernel in kernels
         },

@@ -4,7 +4,8 @@
 fused kernel, by the plan that was fastest at the most similar measured convolution (``evidence``), or at this very one
 where the user asks for measuring now (``autotune``). Everywhere else it leaves the site to Inductor, with the tail
 folded. The epilogue kernel moves the same bytes as the pointwise kernel that Inductor makes of the tail, and is no
-faster, so ``auto`` never takes that.
+faster, so ``auto`` never takes that in inference. In training it takes that or the fused kernel where whole steps are
+measured to be faster, or as fast with less memory kept for the backward (``training``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fusion_backend import autotune
+from fusion_backend import autotune, training
 from fusion_backend.evidence import LEAST_SPEEDUP, Prediction, copy_rate, gpu_name, predict
 from fusion_backend.kernels.arguments import axes_for
 from fusion_backend.kernels.plans import choose_plan
@@ -32,8 +33,12 @@ from fusion_backend.patterns.source import needs_gradient, value_of
 from fusion_backend.surroundings import Surroundings
 
 UNKNOWN_LAYOUT = "which layout Inductor gives the convolutions beside it cannot be told"
+RELAID_IN_TRAINING = (
+    "a contiguous site among convolutions that Inductor may turn channels_last is not measured in training"
+)
 
 LEARNED_SCALE = "its scale is learned, and without the convolution's value the gradient of that takes a convolution"
+RELU_ALONE = "its result, which the next operation keeps, tells where the gradient of a relu passes"
 
 ALONE = Surroundings()
 
@@ -83,7 +88,7 @@ def _auto(site: Site, options: Options, around: Surroundings, problem: str | Non
     if problem:
         return _inductor(site, f"no kernel of ours is taken: {problem}", saves)
     if trains:
-        return _inductor(site, "no kernel of ours is measured to be faster in training", saves)
+        return _trained(site, around, saves)
     relayout = is_relaid(site, around)
     if relayout is None:
         return _inductor(site, f"no kernel of ours is taken: {UNKNOWN_LAYOUT}", saves)
@@ -100,6 +105,26 @@ def _auto(site: Site, options: Options, around: Surroundings, problem: str | Non
     packed = f"{found.packed_bytes / 1024:.0f} KiB for the packed weight"
     layout = ", in channels_last like the convolutions beside it" if relayout else ""
     return Choice("fused", f"{faster}, by {found.plan}{layout}; {packed}", plan=found.plan, relayout=relayout)
+
+
+def _trained(site: Site, around: Surroundings, saves: bool) -> Choice:
+    if is_relaid(site, around) is not False:
+        return _inductor(site, f"no kernel of ours is taken: {RELAID_IN_TRAINING}", saves)
+    why = why_no_bits(site)
+    if why and why != RELU_ALONE:
+        return _inductor(site, f"no kernel of ours is taken: {why}", saves)
+    found = problem_of(site)
+    if found is None:
+        return _inductor(site, "its sizes are not known even roughly", saves)
+    best = training.predict(*found, why == RELU_ALONE, gpu_name(site.convolution.value.device))
+    if isinstance(best, str):
+        return _inductor(site, f"no kernel of ours is measured in training: {best}", saves)
+    case = f"the most similar measured case, {best.case}"
+    predicted = f"predicted to have {best.speedup:.2f} times the speed of Inductor in training at {case}"
+    kept = f"keeping {best.kept:.2f} of what Inductor keeps for the backward"
+    if not best.is_taken:
+        return _inductor(site, f"the {best.way} kernel is {predicted}, {kept}", saves)
+    return Choice(best.way, f"{predicted}, {kept}", training=True)
 
 
 def _plan_asked_for(site: Site, options: Options, relayout: bool) -> str | None:
@@ -211,7 +236,7 @@ def why_no_bits(site: Site) -> str | None:
     if any(leaf.learned for leaf in leaves(form.scale)):
         return LEARNED_SCALE
     if form.lo == 0.0 and is_infinite(form.hi) and site.gate == Gate(lo_open=True):
-        return "its result, which the next operation keeps, tells where the gradient of a relu passes"
+        return RELU_ALONE
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 

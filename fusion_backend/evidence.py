@@ -2,7 +2,7 @@
 
 ``measured/<gpu>.json`` holds, for each measured case, the device's time of every plan of ours that was right, packing
 the weight included, and of the best of eager, Inductor and Inductor max-autotune. ``python -m benchmarks.evidence``
-writes it from the benchmark's results. A convolution is judged by the two measured cases most like it, in halvings and
+writes it from the benchmarks' results. A convolution is judged by the two measured cases most like it, in halvings and
 doublings of their sizes: both must speak for a plan of ours. Where no two are near, nothing is claimed.
 """
 
@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -52,6 +52,9 @@ class Case:
     peer: float
 
 
+AnyCase = TypeVar("AnyCase", bound=Case)
+
+
 @dataclass(frozen=True)
 class Prediction:
     """The plan that was fastest at the most similar case, and the least speedup over the peers at the two."""
@@ -70,20 +73,26 @@ def predict(
     ``replayed``: the call becomes part of a CUDA graph, so that no operator costs the host anything. ``beside``:
     milliseconds that any plan of ours takes on top, and the peers do not.
     """
-    cases = measured(gpu)
+    deciding = nearest(problem, shape, measured(gpu), gpu)
+    if isinstance(deciding, str):
+        return deciding
+    fitting = {plan.name: plan for plan in plans_for(problem)}
+    predictions = [_prediction(problem, case, fitting, replayed, beside) for case in deciding]
+    if any(prediction is None for prediction in predictions):
+        return f"at a most similar measured case, {deciding[0].name}, no plan of ours that fits here was right"
+    first, *others = (prediction for prediction in predictions if prediction is not None)
+    return replace(first, speedup=min(each.speedup for each in (first, *others)))
+
+
+def nearest(problem: Problem, shape: Sequence[int], cases: Sequence[AnyCase], gpu: str) -> list[AnyCase] | str:
+    """The case of this very convolution, or else the two most like it; or why there are none, in words."""
     if not cases:
         return f"nothing is measured on {gpu}"
     distances = ((_distance(problem, tuple(shape), case), case) for case in cases)
     near = sorted((pair for pair in distances if pair[0] <= FARTHEST), key=lambda pair: pair[0])
     if not near or (near[0][0] > 0 and len(near) < 2):
         return f"no measured case on {gpu} is like it"
-    deciding = near[:1] if near[0][0] == 0 else near[:2]
-    fitting = {plan.name: plan for plan in plans_for(problem)}
-    predictions = [_prediction(problem, case, fitting, replayed, beside) for _, case in deciding]
-    if any(prediction is None for prediction in predictions):
-        return f"at a most similar measured case, {near[0][1].name}, no plan of ours that fits here was right"
-    nearest, *others = (prediction for prediction in predictions if prediction is not None)
-    return replace(nearest, speedup=min(each.speedup for each in (nearest, *others)))
+    return [case for _, case in (near[:1] if near[0][0] == 0 else near[:2])]
 
 
 def ranked(problem: Problem, shape: Sequence[int], gpu: str) -> list[str]:

@@ -110,6 +110,7 @@ def test_the_graph_that_inductor_gets_is_folded(monkeypatch: pytest.MonkeyPatch)
             seen.append([node.target for node in gm.graph.nodes if node.op.startswith("call")])
             return gm.forward
 
+        inductor.config = {}  # type: ignore[attr-defined]
         return inductor
 
     monkeypatch.setattr(backend_module.opt, "inductor", record)

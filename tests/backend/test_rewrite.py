@@ -229,6 +229,7 @@ def test_a_kernel_that_does_not_compile_falls_back_once_with_one_line(
                 raise RuntimeError("ptxas says no")
             return gm.forward
 
+        compile_or_fail.config = {}  # type: ignore[attr-defined]
         return compile_or_fail
 
     monkeypatch.setattr(backend.opt, "inductor", inductor)

@@ -40,7 +40,7 @@ def without_codegen(monkeypatch: pytest.MonkeyPatch) -> None:
     def compiler(gm: Any, example_inputs: Any) -> Any:
         return aot_eager(gm, example_inputs)
 
-    compiler.reset = lambda: None  # type: ignore[attr-defined]
+    compiler.reset, compiler.config = (lambda: None), {}  # type: ignore[attr-defined]
     monkeypatch.setattr(backend_module.opt, "inductor", lambda mode, options: compiler)
 
 
@@ -367,7 +367,7 @@ def test_what_an_operator_is_made_of_is_part_of_the_key_of_caches(monkeypatch: p
         tags.append(torch.compiler.config.cache_key_tag)
         return aot_eager(gm, example_inputs)
 
-    compiler.reset = lambda: None  # type: ignore[attr-defined]
+    compiler.reset, compiler.config = (lambda: None), {}  # type: ignore[attr-defined]
     monkeypatch.setattr(backend_module.opt, "inductor", lambda mode, options: compiler)
     model, x = Model(seed), torch.randn(2, 4, 5, 4)
     compiled(model)(x)
