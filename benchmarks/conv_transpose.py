@@ -1,6 +1,6 @@
 """The transposed convolution with its tail inside: every plan of ours, against cuDNN, eager and Inductor.
 
-    python -m benchmarks.conv_transpose [--cases seed,unet_up2 | public | sweep | all] [--dtypes float32]
+    python -m benchmarks.conv_transpose [--cases seed,unet_up2 | public | around | decoders | all] [--dtypes float32]
                                         [--plans likely] [--no-inductor] [--budget 330] [--out FILE]
 
 Needs a GPU; without one the exit code is 2. Each contender is checked before it is timed: every element written, and
@@ -11,8 +11,8 @@ to a call; beside these and Inductor stands how long the host takes over a call.
 are prepared (compiled and checked) by many processes at once, and then measured one after the other while all others
 wait. The data go to benchmarks/results as JSON after every row. Exit code 1 where one of ours is wrong or fails.
 
-"sweep" is the seed's shape grown and shrunk by powers of two, and shapes of U-Nets, GANs, vocoders and volumes: what
-``auto`` chooses by (``python -m benchmarks.evidence``).
+"around" is the seed's shape grown and shrunk by powers of two, "decoders" shapes of U-Nets, GANs, vocoders and volumes:
+what ``auto`` chooses by (``python -m benchmarks.evidence``).
 """
 
 from __future__ import annotations
@@ -174,29 +174,36 @@ class Row:
         return choose_plan(self.problem, self.x.shape)
 
     def others(self, plans: str) -> list[Plan]:
-        """Beside what the rule chooses: all that fit, none, or "likely" ones.
+        """Beside what the rule chooses: all that fit, none, or "likely" or "few" ones.
 
-        Those are the marches, where there are any, and the general kernel's with x as it is and turned, where not; of
-        the march on Hopper, the first size that fits, in every order.
+        "likely": the marches, where there are any, and the general kernel's with x as it is and turned, where not; of
+        the march on Hopper, the first size that fits, in every order. "few": of these, one or two of each kind.
         """
         everything = [] if plans == "chosen" else list(plans_for(self.problem))
-        if plans != "likely":
+        if plans in ("all", "chosen"):
             return everything
         hopper = [plan for plan in everything if isinstance(plan.config, hopper_strips.Config)]
         size = [(plan.config.channels, plan.config.slots) for plan in hopper]
         hopper = [plan for plan, its in zip(hopper, size, strict=True) if its == size[0]]
         marches = [plan for plan in everything if plan.is_march]
-        return hopper + (marches or [plan for plan in everything if not plan.is_hopper])
+        general = [plan for plan in everything if not plan.is_hopper and not plan.is_march]
+        if plans == "likely":
+            return hopper + (marches or general)
+        turned = any(plan.turned for plan in general)
+        few = [plan for plan in marches if not plan.turned][:2]
+        few += [plan for plan in marches if plan.turned and self.dtype.itemsize == 2][:1]
+        return hopper + (few or [plan for plan in general if plan.turned == turned][:4])
 
     def contenders(self, plans: str, inductor: tuple[str, ...]) -> dict[str, Callable[[], Tensor]]:
         chosen = self.chosen
         taken = list(dict.fromkeys((chosen, *self.others(plans))))
         contenders = {plan.name: self.ours(plan) for plan in taken}
-        contenders["ours, packing"] = self.ours(chosen, packing=True)
+        if plans != "few":
+            contenders["ours, packing"] = self.ours(chosen, packing=True)
+            contenders["cudnn convolution alone"] = self.convolution
         opaque = next((plan for plan in taken if plan.is_hopper), None)
-        if opaque is not None and inductor:
+        if opaque is not None and inductor and plans != "few":
             contenders["operator, " + opaque.name] = self.operator(opaque)
-        contenders["cudnn convolution alone"] = self.convolution
         contenders["eager"] = lambda: self.model(self.x)
         if inductor:
             options = {"fused_post.kernel": "fused", "fused_post.strict": True}
@@ -365,10 +372,12 @@ def launched_directly() -> contextlib.ExitStack:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = {"public": list(NAMES), "sweep": list(sweep()), "all": list(KNOWN)}
+    around = [name for name in sweep() if name.startswith("seed ")]
+    decoders = [name for name in sweep() if name not in around]
+    groups = {"public": list(NAMES), "around": around, "decoders": decoders, "all": list(KNOWN)}
     parser.add_argument("--cases", type=names, default=["public"], help=f"of {', '.join([*groups, *KNOWN])}")
     parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"])
-    parser.add_argument("--plans", choices=["all", "likely", "chosen"], default="all", help="of ours")
+    parser.add_argument("--plans", choices=["all", "likely", "few", "chosen"], default="all", help="of ours")
     parser.add_argument("--no-inductor", dest="inductor", action="store_const", const=(), default=PEERS[1:])
     parser.add_argument("--no-autotune", dest="inductor", action="store_const", const=PEERS[1:2])
     parser.add_argument("--seconds", type=float, default=0.5, help="of measuring a row")
@@ -388,7 +397,10 @@ def main() -> int:
     start = time.monotonic()
     data = environment() | {"copy_gb_per_s": copy_gb_per_s(), "rows": []}
     todo = [
-        (KNOWN[name], getattr(torch, dtype), last) for name in cases for dtype in args.dtypes for last in (False, True)
+        (KNOWN[name], getattr(torch, dtype), last)
+        for name in cases
+        for dtype in args.dtypes
+        for last in ((False,) if KNOWN[name].rank == 1 and args.plans == "few" else (False, True))
     ]
     outcomes = rows.measured(
         list(rows.parts(todo, lambda key: bytes_of(*key), torch.cuda.mem_get_info()[1] // 2)),
