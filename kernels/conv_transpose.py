@@ -48,8 +48,7 @@ from fusion_backend.kernels.coefficients import (
     load_coefficient,
 )
 from fusion_backend.kernels.coefficients import reference as pointwise
-from fusion_backend.kernels.epilogue import EVERYTHING
-from fusion_backend.kernels.gate import Gate, pack_bits, passes_gate
+from fusion_backend.kernels.gate import EVERYTHING, Gate, passes_gate, store_bits
 from fusion_backend.kernels.launching import runs, takes_long_offsets, unit_of
 from fusion_backend.kernels.layout import empty, is_channels_last
 from fusion_backend.kernels.phases import Axis
@@ -180,14 +179,6 @@ def _along_w(tile, PHASES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.cons
     """[BLOCK_M, columns] -> [phases along D and H times channels, positions times phases along W]."""
     tile = tile.reshape(BLOCK_M, PHASES[0], PHASES[1], BLOCK_C, PHASES[2])
     return tile.permute(1, 3, 0, 4, 2).reshape(PHASES[0] * BLOCK_C, BLOCK_M * PHASES[2] * PHASES[1])
-
-
-@triton.jit
-def _store_bits(bits_ptr, offset, passing, exists, SIZE: tl.constexpr):
-    """A byte for 8 neighbours in a row of a tile of SIZE elements; ``why_no_bits`` says when these are a byte's."""
-    first = tl.min(offset.reshape(SIZE // 8, 8), 1)
-    inside = tl.max(exists.to(tl.int32).reshape(SIZE // 8, 8), 1) > 0
-    tl.store(bits_ptr + first // 8, pack_bits(passing, SIZE), mask=inside)
 
 
 @triton.jit
@@ -431,7 +422,7 @@ def _conv_transpose_kernel(
         offset = row[:, None] + along[None, :]
         tl.store(out_ptr + offset, y_0, mask=exists)
         if bits_ptr is not None:
-            _store_bits(bits_ptr, offset, passing_0, exists, BLOCK_M * COLUMNS)
+            store_bits(bits_ptr, row, along, passing_0, exists, BLOCK_M, COLUMNS)
     else:
         PHASES: tl.constexpr = (SHARED_D * SHARED_H, SHARED_W, JOINED)
         ROWS: tl.constexpr = SHARED_D * SHARED_H * BLOCK_C
@@ -471,7 +462,7 @@ def _conv_transpose_kernel(
             elif JOINED == 4:
                 passing_0 = tl.join(tl.join(passing_0, passing_2), tl.join(passing_1, passing_3))
             passing = _along_w(passing_0, PHASES, BLOCK_M, BLOCK_C)
-            _store_bits(bits_ptr, offset, passing, exists, BLOCK_M * COLUMNS * JOINED)
+            store_bits(bits_ptr, row, along, passing, exists, ROWS, BLOCK_M * WIDE)
 
 
 def pack(weight: torch.Tensor, problem: Problem, tiling: Tiling) -> torch.Tensor:
@@ -572,10 +563,7 @@ def run(
     gate: Gate | None = None,
     plan_name: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """What ``conv_transpose`` returns and, with a gate, its bits; then None where the kernel cannot write these.
-
-    Bits are written by the general kernel alone, with x as it is.
-    """
+    """What ``conv_transpose`` returns and, with a gate, its bits; then None where no kernel can write these."""
     groups = int(groups)
     check_inputs(x, weight, groups)
     C_out = int(weight.shape[1]) * groups
@@ -590,17 +578,17 @@ def run(
             f"the output would have sizes {sizes}; allowed are sizes from 1: x is too small or padding too large"
         )
     indexable = all(guard_or_true(math.prod(plane) < MOST_PIXELS) for plane in (x.shape[2:], sizes))
-    problem = tiling = plan = None
+    plan = None
     if runs(_conv_transpose_kernel, x) and indexable:
         compiled = isinstance(_conv_transpose_kernel, JITFunction)
         problem = problem_for(x, weight, axes, groups, out_last, allow_tf32, compiled)
-        if gate is None and compiled:
-            plan = _plan(problem, x, plan_name)
-        tiling = choose_tiling(problem)
-    if gate is not None and (problem is None or tiling is None or why_no_bits(problem, tiling, sizes[-1])):
+        general = Plan(choose_tiling(problem).config)
+        candidates = [_plan(problem, x, plan_name), general] if compiled else [general]
+        plan = next((each for each in candidates if gate is None or not _why_no_bits(each, problem, sizes[-1])), None)
+    if gate is not None and plan is None:
         return None
 
-    if problem is not None and plan is not None and isinstance(plan.config, hopper_strips.Config):
+    if plan is not None and plan.is_hopper:
         packed = pack_for(plan, weight, problem)
         axes_of = tuple([int(getattr(axis, name)) for axis in axes] for name in AXIS)
         y = hopper_march.conv_transpose_hopper(
@@ -610,15 +598,22 @@ def run(
     out = empty((x.shape[0], C_out, *sizes), x, out_last)
     bits = out.new_empty(0 if gate is None else cdiv(out.numel(), 8), dtype=torch.uint8)
     coefficients = coefficients_for(out, tensors, numbers)
-    if problem is None or tiling is None:
+    if plan is None:
         out.copy_(reference(x, weight, axes, groups, *coefficients.values))
-    elif gate is not None:
-        launch(out, x, pack(weight, problem, tiling), problem, tiling, coefficients, bits, gate)
-    elif plan is None:
-        launch(out, x, pack(weight, problem, tiling), problem, tiling, coefficients)
     else:
-        launch_plan(out, x, pack_for(plan, weight, problem), problem, plan, coefficients)
+        packed, gated = pack_for(plan, weight, problem), () if gate is None else (bits, gate)
+        launch_plan(out, x, packed, problem, plan, coefficients, *gated)
     return out, bits
+
+
+def _why_no_bits(plan: Plan, problem: Problem, W_out: int) -> str | None:
+    if isinstance(plan.config, hopper_strips.Config):
+        return "the march on Hopper writes none"
+    if isinstance(plan.config, strips.Config):
+        return strips.why_no_bits(plan.problem(problem), plan.config, W_out)
+    tiling = tiling_for(plan.problem(problem), plan.config)
+    assert tiling is not None, "a plan fits"
+    return why_no_bits(plan.problem(problem), tiling, W_out)
 
 
 def _plan(problem: Problem, x: torch.Tensor, name: str | None) -> Plan:
@@ -648,9 +643,19 @@ def pack_for(plan: Plan, weight: torch.Tensor, problem: Problem) -> torch.Tensor
 
 
 def launch_plan(
-    out: torch.Tensor, x: torch.Tensor, packed: torch.Tensor, problem: Problem, plan: Plan, coefficients: Coefficients
+    out: torch.Tensor,
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    problem: Problem,
+    plan: Plan,
+    coefficients: Coefficients,
+    bits: torch.Tensor | None = None,
+    gate: Gate = EVERYTHING,
 ) -> None:
-    """Fill ``out`` from ``x``, both dense, and from what ``pack_for`` returns. Not for "hopper", which is opaque."""
+    """Fill ``out``, and ``bits`` where given, from ``x`` and from what ``pack_for`` returns; all of them are dense.
+
+    Not for "hopper", which is opaque.
+    """
     if out.numel() == 0:
         return
     assert not isinstance(plan.config, hopper_strips.Config), "a plan with an operator of its own"
@@ -660,11 +665,11 @@ def launch_plan(
         x, problem = turned, plan.problem(problem)
     if isinstance(plan.config, strips.Config):
         march = strips.march_for(problem, x.shape, plan.config)
-        row_march.launch(out, x, packed, problem, march, coefficients)
+        row_march.launch(out, x, packed, problem, march, coefficients, bits, gate)
         return
     tiling = tiling_for(problem, plan.config)
     assert tiling is not None, "a plan fits"
-    launch(out, x, packed, problem, tiling, coefficients)
+    launch(out, x, packed, problem, tiling, coefficients, bits, gate)
 
 
 # The body comes first: where triton_op registers an operator it looks for the kernels behind it, for compile caches.

@@ -35,6 +35,7 @@ from fusion_backend.kernels.coefficients import (
 from fusion_backend.kernels.epilogue_backward import epilogue_backward
 from fusion_backend.kernels.gate import Gate
 from fusion_backend.kernels.layout import is_channels_last
+from fusion_backend.kernels.problem import SMALLEST_EDGE
 from fusion_backend.kernels.support import DTYPES
 
 
@@ -159,13 +160,15 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
 
     # Where the scale is learned, the convolution's gradients are taken without it.
     factor, number = (None, 1.0) if needs_scale else (scale, ctx.scale_number)
+    turned = _is_faster_turned(x, weight, groups) and not ctx.channels_last
     if bits is None and factor is None and number == 1.0:
-        grad_conv = grad
+        grad_conv = _turned(grad, True) if turned else grad
         passed = grad.sum((0, *range(2, grad.dim())), dtype=torch.promote_types(grad.dtype, torch.float32))
         blocked = torch.zeros_like(passed)
     else:
         sums = (needs_shift, needs_lo or needs_hi)
-        grad_conv, passed, blocked = epilogue_backward(grad, bits, factor, number, ctx.channels_last, *sums)
+        to_last = True if turned else None
+        grad_conv, passed, blocked = epilogue_backward(grad, bits, factor, number, ctx.channels_last, *sums, to_last)
 
     wanted = [needs_x, needs_weight or needs_scale, bias is not None and (needs_bias or needs_scale)]
     grad_x: Any = None
@@ -176,8 +179,12 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
         used = _by_channel(weight, scale, groups) if needs_scale else weight
         sizes = (stride, padding, dilation, True, output_padding, groups)
         lengths = None if bias is None else bias.shape
-        gradients = torch.ops.aten.convolution_backward(grad_conv, x, used, lengths, *sizes, wanted)
+        of_x = _turned(x, True) if turned else x
+        gradients = torch.ops.aten.convolution_backward(grad_conv, of_x, used, lengths, *sizes, wanted)
         grad_x, grad_weight, grad_bias = gradients
+        if turned:
+            grad_x = _turned(grad_x, False) if wanted[0] else None
+            grad_weight = grad_weight.contiguous() if wanted[1] else None
     if needs_scale:
         product = (weight.to(scale.dtype) * grad_weight.to(scale.dtype)).unflatten(0, (groups, -1))
         grad_scale = product.sum((1, *range(3, product.dim()))).flatten()
@@ -191,6 +198,23 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
         grad_scale, passed if needs_shift else None, blocked if needs_lo else None, blocked if needs_hi else None,
         *(None,) * (len(_ARGUMENTS) - 12),
     )  # fmt: skip
+
+
+def _is_faster_turned(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
+    """Whether cuDNN is to have a contiguous x channels_last, for which it has the faster backward.
+
+    Measured on an H200: half the time and less, where tensor cores are filled (benchmarks/results/training_*.json).
+    """
+    filled = min(weight.shape[0], weight.shape[1]) >= SMALLEST_EDGE
+    image = x.dim() > 3 and epilogue.runs_kernel(x) and is_channels_last(x) is False
+    return image and filled and groups == 1 and torch.version.hip is None
+
+
+def _turned(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """At the speed of a copy; x itself where it is laid out so."""
+    if is_channels_last(x) is channels_last:
+        return x
+    return torch.ops.fused_post.epilogue.default(x, channels_last=channels_last)
 
 
 def _by_channel(weight: torch.Tensor, scale: torch.Tensor, groups: int) -> torch.Tensor:

@@ -37,14 +37,13 @@ from fusion_backend.kernels.coefficients import (
     load_coefficient,
     reference,
 )
-from fusion_backend.kernels.gate import Gate, pack_bits, passes_gate
+from fusion_backend.kernels.gate import EVERYTHING, Gate, pack_bits, passes_gate
 from fusion_backend.kernels.launching import runs
 from fusion_backend.kernels.layout import empty, is_channels_last
 from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.support import DTYPES
 
 # What a launch without bits is told; its kernel does not look at it.
-EVERYTHING = Gate()
 
 
 @triton.jit

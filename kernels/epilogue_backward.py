@@ -17,6 +17,8 @@ tiles, and its sums are those of the rows or of the columns:
     contiguous                 [N * C, S]      a row is one channel's
     channels_last              [N * S, C]      a column is one channel's
     contiguous, short rows     [N, C * S]      a column is one pixel of one channel
+
+Where the first result is to be channels_last and grad is not, ``epilogue_backward_turned`` has the kernel.
 """
 
 import math
@@ -29,6 +31,7 @@ from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
 from fusion_backend.kernels.coefficients import check_coefficients, coefficients_for
+from fusion_backend.kernels.epilogue_backward_turned import launch_turned
 from fusion_backend.kernels.gate import unpack
 from fusion_backend.kernels.launching import runs
 from fusion_backend.kernels.layout import empty
@@ -47,20 +50,22 @@ def reference(
     channels_last: bool,
     sum_passed: bool,
     sum_blocked: bool,
+    to_channels_last: bool | None = None,
 ) -> Result:
     """The same in plain PyTorch. In float64 for a float64 grad, else in float32; grad_x is rounded once."""
+    to_last = channels_last if to_channels_last is None else to_channels_last
     g = grad.to(torch.promote_types(grad.dtype, torch.float32))
     factor = scale.view(-1, *(1,) * (grad.dim() - 2)) if isinstance(scale, torch.Tensor) else scale
     dims = (0, *range(2, grad.dim()))
     if bits is None:
         grad_x = (g * (1.0 if factor is None else factor)).to(grad.dtype)
         blocked = g.new_zeros(grad.shape[1]) if sum_blocked else None
-        return _laid_out(grad_x, channels_last), g.sum(dims) if sum_passed else None, blocked
+        return _laid_out(grad_x, to_last), g.sum(dims) if sum_passed else None, blocked
     passing = unpack(bits, grad.shape, channels_last)
     grad_x = torch.where(passing, g if factor is None else g * factor, 0.0).to(grad.dtype)
     passed = torch.where(passing, g, 0.0).sum(dims) if sum_passed else None
     blocked = torch.where(passing, 0.0, g).sum(dims) if sum_blocked else None
-    return _laid_out(grad_x, channels_last), passed, blocked
+    return _laid_out(grad_x, to_last), passed, blocked
 
 
 def _laid_out(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
@@ -234,20 +239,26 @@ def _backward(
     channels_last: bool,
     sum_passed: bool,
     sum_blocked: bool,
+    to_channels_last: bool | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    to_last = channels_last if to_channels_last is None else to_channels_last
     _check(grad, bits, scale)
     compute = torch.promote_types(grad.dtype, torch.float32)
     wanted = (sum_passed, sum_blocked)
     if grad.numel() == 0:
         passed, blocked = (grad.new_zeros(grad.shape[1] if each else 0, dtype=compute) for each in wanted)
-        return empty(grad.shape, grad, channels_last), passed, blocked
+        return empty(grad.shape, grad, to_last), passed, blocked
     if runs(_backward_kernel, grad):
         grad = _laid_out(grad, channels_last)
-        tiling = tiling_for(grad, channels_last)
-        grad_x, *sums = launch(grad, bits, scale, scale_number, channels_last, *wanted, tiling)
+        if to_last and not channels_last:
+            grad_x, *sums = launch_turned(grad, bits, scale, scale_number, *wanted)
+        else:
+            tiling = tiling_for(grad, channels_last)
+            grad_x, *sums = launch(grad, bits, scale, scale_number, channels_last, *wanted, tiling)
+            grad_x = _laid_out(grad_x, to_last)
     else:
         factor = scale if scale is not None else scale_number if scale_number != 1.0 else None
-        grad_x, *sums = reference(grad, bits, factor, channels_last, *wanted)
+        grad_x, *sums = reference(grad, bits, factor, channels_last, *wanted, to_last)
     passed, blocked = (grad.new_empty(0, dtype=compute) if each is None else each for each in sums)
     return grad_x, passed, blocked
 
@@ -264,17 +275,19 @@ def epilogue_backward(
     channels_last: bool,
     sum_passed: bool,
     sum_blocked: bool,
+    to_channels_last: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """where(bit, scale * grad, 0), and per channel the sums of grad where the bit is set, and where it is not.
 
     ``grad``: [N, C, *spatial], rank 3 to 5, float32, float16, bfloat16, or (without a kernel) float64, of any strides.
     ``bits``: uint8 [ceil(numel / 8)] in the order of memory of the layout that ``channels_last`` names, which the first
-    result has too; None: every element passes. ``scale``: a contiguous float32 tensor [C] on grad's device (float64 for
-    a float64 grad) or, where that is None, the number. The sums are float32 [C] (float64 for float64), or [0] where
-    they are not asked for; they are of grad as it came, without the scale. Equal inputs give equal bits on every run.
+    result has too, unless ``to_channels_last`` names another for it; None: every element passes. ``scale``: a
+    contiguous float32 tensor [C] on grad's device (float64 for a float64 grad) or, where that is None, the number. The
+    sums are float32 [C] (float64 for float64), or [0] where they are not asked for; they are of grad as it came,
+    without the scale. Equal inputs give equal bits on every run.
     There is no second derivative. Raises ValueError or TypeError for anything else.
     """
-    return _backward(grad, bits, scale, scale_number, channels_last, sum_passed, sum_blocked)
+    return _backward(grad, bits, scale, scale_number, channels_last, sum_passed, sum_blocked, to_channels_last)
 
 
 def _no_second_derivative(ctx: Any, *grads: torch.Tensor | None) -> None:

@@ -28,6 +28,9 @@ class Gate:
     passes_nan: bool = True
 
 
+EVERYTHING = Gate()  # passes, where there are no bounds
+
+
 def passes(z: torch.Tensor, lo: Bound, hi: Bound, gate: Gate) -> torch.Tensor:
     """Whether each element of z passes the gradient, as bool; the bounds broadcast."""
     blocks = []
@@ -90,3 +93,17 @@ def pack_bits(passing, BLOCK: tl.constexpr):
     """uint8 [BLOCK / 8] from a block of BLOCK bools of any shape."""
     rows = tl.reshape(passing.to(tl.int32), (BLOCK // 8, 8))
     return tl.sum(rows << tl.arange(0, 8)[None, :], 1).to(tl.uint8)
+
+
+@triton.jit
+def store_bits(bits_ptr, row, along, passing, exists, ROWS: tl.constexpr, LENGTH: tl.constexpr):
+    """A byte for each 8 neighbours of a tile [ROWS, LENGTH], whose elements are row[i] + along[j] from the first.
+
+    Each 8 of ``along`` are 8 neighbours in memory, the first of them at a multiple of 8; they exist together.
+    """
+    passing = tl.reshape(passing.to(tl.int32), (ROWS, LENGTH // 8, 8))
+    byte = tl.sum(passing << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+    exists = tl.broadcast_to(exists, (ROWS, LENGTH)).to(tl.int32)
+    exists = tl.max(tl.reshape(exists, (ROWS, LENGTH // 8, 8)), 2) != 0
+    first = tl.min(tl.reshape(along, (LENGTH // 8, 8)), 1)
+    tl.store(bits_ptr + (row[:, None] + first[None, :]) // 8, byte, mask=exists)

@@ -30,6 +30,7 @@ from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction
 
 from fusion_backend.kernels.coefficients import Coefficients, apply_coefficients, load_coefficient
+from fusion_backend.kernels.gate import EVERYTHING, Gate, passes_gate, store_bits
 from fusion_backend.kernels.launching import takes_long_offsets, unit_of
 from fusion_backend.kernels.problem import Problem
 from fusion_backend.kernels.strips import Config, March, along_d, block_k_of, three_sizes, turned
@@ -114,14 +115,30 @@ def _add_taps(
 
 
 @triton.jit
+def _joined(phases, e, JOINED: tl.constexpr, LAST: tl.constexpr):
+    """Phases e to e + JOINED of a row, each [BLOCK_P, BLOCK_C], as they are stored: channels first unless LAST."""
+    y = phases[e]
+    if JOINED == 2:
+        y = tl.join(y, phases[e + 1])
+    elif JOINED == 4:
+        y = tl.join(tl.join(y, phases[e + 2]), tl.join(phases[e + 1], phases[e + 3]))
+    if not LAST:
+        y = y.reshape(y.shape[0], y.shape[1], JOINED).permute(1, 0, 2).reshape(y.shape[1], y.shape[0] * JOINED)
+    return y
+
+
+@triton.jit
 def _store_row(
-    outs_ptr,
+    out_ptr,
+    bits_ptr,
+    channel_at,
     at,
     exists,
     o_w,
     O_W,
     known,
     phases,
+    gates,
     STRIDE: tl.constexpr,
     GROWTH: tl.constexpr,
     PER_OUT: tl.constexpr,
@@ -134,28 +151,31 @@ def _store_row(
         here = exists
         if GROWTH % STRIDE != 0:
             here = here & (o_w + e < O_W)
-        y = phases[e]
-        if JOINED == 2:
-            y = tl.join(y, phases[e + 1])
-        elif JOINED == 4:
-            y = tl.join(tl.join(y, phases[e + 2]), tl.join(phases[e + 1], phases[e + 3]))
+        y = _joined(phases, e, JOINED, LAST)
+        pixel_at = at + e * PER_OUT
         if LAST:
             mask = here[:, None]
-            y_ptr = outs_ptr[None, :] + (at + e * PER_OUT)[:, None]
+            y_ptr = (out_ptr + channel_at)[None, :] + pixel_at[:, None]
             known_here = known[None, :]
         else:
             mask = here[None, :]
-            y_ptr = outs_ptr[:, None] + (at + e * PER_OUT)[None, :]
+            y_ptr = (out_ptr + channel_at)[:, None] + pixel_at[None, :]
             known_here = known[:, None]
-            y = y.reshape(y.shape[0], y.shape[1], JOINED).permute(1, 0, 2).reshape(y.shape[1], y.shape[0] * JOINED)
         if not ALL_KNOWN:
             mask = mask & known_here
         tl.store(y_ptr, y, mask=mask)
+        if bits_ptr is not None:
+            passing = _joined(gates, e, JOINED, LAST)
+            if LAST:
+                store_bits(bits_ptr, pixel_at, channel_at, passing, mask, y.shape[0], y.shape[1])
+            else:
+                store_bits(bits_ptr, channel_at, pixel_at, passing, mask, y.shape[0], y.shape[1])
 
 
 @triton.jit
 def _row_march_kernel(
     out_ptr,
+    bits_ptr,
     x_ptr,
     weight_ptr,
     scale_ptr,
@@ -176,6 +196,9 @@ def _row_march_kernel(
     HAS_SHIFT: tl.constexpr,
     HAS_LO: tl.constexpr,
     HAS_HI: tl.constexpr,
+    LO_OPEN: tl.constexpr,
+    HI_OPEN: tl.constexpr,
+    PASSES_NAN: tl.constexpr,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
     X_LAST: tl.constexpr,
@@ -277,7 +300,7 @@ def _row_march_kernel(
     out_n = first_n + m // (columns * JOINED)
     o_w = m % (Q_W * JOINED) * (STRIDE_W // JOINED)
     o_m = m // (Q_W * JOINED) % Q_M * STRIDE_M
-    outs_ptr = out_ptr + (channel if OUT_LAST else channel * out_plane)
+    channel_at = channel if OUT_LAST else channel * out_plane
     out_at = out_n * (C_OUT * out_plane) + (tl.cast(o_m, OFFSET) * per_out_middle + o_w) * PER_OUT
 
     first_row = PADDING_R // STRIDE_R + segment * length
@@ -306,6 +329,7 @@ def _row_march_kernel(
         for r in tl.static_range(STRIDE_R + CARRIED):
             for e_m in tl.static_range(STRIDE_M):
                 phases = _zeros(0, BLOCK_P, BLOCK_C)
+                gates = phases
                 for e_w in tl.static_range(STRIDE_W):
                     if r < CARRIED:
                         acc = carried[(r * STRIDE_M + e_m) * STRIDE_W + e_w]
@@ -313,7 +337,11 @@ def _row_march_kernel(
                         acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
                     acc = _add_taps(acc, xs, ws, r, (e_m, e_w), KERNEL, STRIDE, PADDING, FIRST, SHIFTS, TF32)
                     if r < STRIDE_R:
-                        acc = apply_coefficients(acc, scale, shift, lo, hi, HAS_SCALE, HAS_SHIFT, HAS_LO, HAS_HI)
+                        acc = apply_coefficients(acc, scale, shift, lo, hi, HAS_SCALE, HAS_SHIFT, False, False)
+                        if bits_ptr is not None:
+                            passing = passes_gate(acc, lo, hi, HAS_LO, HAS_HI, LO_OPEN, HI_OPEN, PASSES_NAN)
+                            gates = _append(gates, passing.to(tl.int8))
+                        acc = apply_coefficients(acc, scale, shift, lo, hi, False, False, HAS_LO, HAS_HI)
                         acc = acc.to(out_ptr.dtype.element_ty)
                     phases = _append(phases, acc)
 
@@ -325,13 +353,16 @@ def _row_march_kernel(
                         exists = exists & (o_m + e_m < O_M)
                     at = out_at + (tl.cast(o_r * per_out_row, OFFSET) + e_m * per_out_middle) * PER_OUT
                     _store_row(
-                        outs_ptr,
+                        out_ptr,
+                        bits_ptr,
+                        channel_at,
                         at,
                         exists,
                         o_w,
                         O_W,
                         known,
                         phases,
+                        gates,
                         STRIDE_W,
                         GROWTH_W,
                         PER_OUT,
@@ -361,8 +392,13 @@ def launch(
     problem: Problem,
     march: March,
     coefficients: Coefficients,
+    bits: torch.Tensor | None = None,
+    gate: Gate = EVERYTHING,
 ) -> None:
-    """Fill ``out`` from ``x``, both dense, that is contiguous or channels_last, and from what ``pack`` returns."""
+    """Fill ``out`` from ``x``, both dense, that is contiguous or channels_last, and from what ``pack`` returns.
+
+    ``bits`` are filled too where they are given, for which ``strips.why_no_bits`` must have nothing to say.
+    """
     if out.numel() == 0:
         return
     N, _, *sizes = x.shape
@@ -374,6 +410,7 @@ def launch(
         kernel = wrap_triton(_row_march_kernel)
     kernel[(march.programs,)](
         out,
+        bits,
         x,
         packed,
         *coefficients.tensors,
@@ -385,6 +422,7 @@ def launch(
         march.length,
         *coefficients.numbers,
         *coefficients.present,
+        *(gate.lo_open, gate.hi_open, gate.passes_nan),
         C_IN=problem.C_in,
         C_OUT=problem.C_out,
         X_LAST=problem.x_last,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import guard_or_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
 from fusion_backend.kernels.phases import Axis
 from fusion_backend.kernels.problem import SMALLEST_EDGE, Problem
@@ -98,6 +98,21 @@ def why_not(problem: Problem) -> str | None:
             f"{taps} taps times {problem.C_in} channels are too much for {problem.shared_limit} bytes of shared "
             "memory, or for the registers"
         )
+    return None
+
+
+def why_no_bits(problem: Problem, config: Config, W_out: int) -> str | None:
+    """Why the march cannot write the gate's bits beside an output whose rows have W_out elements; None: it can.
+
+    The 8 elements of a byte must be 8 neighbours in a row of one tile.
+    """
+    if problem.out_last:
+        return f"{problem.C_out} channels are not a multiple of 8" if problem.C_out % 8 else None
+    stride = problem.axes[2].stride
+    if stride not in (1, 2, 4):
+        return f"{stride} phases of a row are stored one by one"
+    if config.pixels * stride % 8 or not guard_or_false(W_out % 8 == 0):
+        return f"rows of {W_out} elements are not made of whole bytes"
     return None
 
 

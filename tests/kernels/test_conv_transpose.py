@@ -1,5 +1,6 @@
 """One body for every implementation: the operator on the CPU, the kernel in the interpreter, the kernel on a GPU."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -24,7 +25,7 @@ pytest.importorskip("triton")
 import triton
 
 from fusion_backend.kernels import conv_transpose as kernels
-from fusion_backend.kernels import launching
+from fusion_backend.kernels import epilogue, launching, row_march
 from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.conv_transpose import reference
 from fusion_backend.kernels.gate import Gate, pack, passes
@@ -156,6 +157,47 @@ def test_the_bits_of_a_gate(run: Implementation, conv: Conv, possible: tuple[boo
             y, bits = result
             assert torch.equal(y.float(), z.float().clamp(-1, 3))
             assert torch.equal(bits, pack(passes(z.float(), -1.0, 3.0, gate), bool(last)))
+
+
+LARGER = {
+    "k3s2": Conv((5, 64, 17, 32), 64, (3,), (2,), (1,), (1,)),
+    "k2s2": Conv((3, 128, 24, 48), 64, (2,), (2,)),
+    "k4s2": Conv((9, 256, 8, 8), 128, (4,), (2,), (1,)),
+    "k16s8": Conv((3, 512, 40), 256, (16,), (8,), (4,)),
+    "k3s2_3d": Conv((3, 32, 5, 8, 16), 16, (3,), (2,), (1,), (1,)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("conv", LARGER.values(), ids=LARGER)
+def test_every_plan_writes_the_bits_of_a_gate(conv: Conv, dtype: torch.dtype, last: bool) -> None:
+    """On whole numbers again, in five launches each."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-1, 2, t.shape, generator=generator) for t in conv.tensors(dtype, "cpu"))
+    shift = torch.randint(-2, 3, (conv.C_out,), generator=generator).to("cuda", torch.float32)
+    x, weight = laid_out(x.to("cuda", dtype), last), weight.to("cuda", dtype)
+    problem = problem_for(x, weight, conv.axes, conv.groups, last, True)
+    gate, numbers = Gate(lo_open=True, passes_nan=False), (1.0, 0.0, -1.0, 3.0)
+    z = reference(x.double(), weight.double(), conv.axes, conv.groups, None, shift.double())
+    expected = pack(passes(z, -1.0, 3.0, gate), last)
+    wrong: list[str] = []
+    plans = [plan for plan in plans_for(problem) if not kernels._why_no_bits(plan, problem, conv.y[-1])]
+    for plan in plans:
+        given = kernels.pack_for(plan, weight, problem)
+        for _ in range(5):
+            y, bits = empty(conv.y, x, last).fill_(math.nan), torch.full_like(expected, 255)
+            with contextlib.ExitStack() as stack:
+                for module in (kernels, row_march, epilogue):
+                    stack.enter_context(mock.patch.object(module, "wrap_triton", lambda kernel: kernel))
+                coefficients = kernels.coefficients_for(y, (None, shift, None, None), numbers)
+                kernels.launch_plan(y, x, given, problem, plan, coefficients, bits, gate)
+            bad = [int((y.double() != z.clamp(-1, 3)).sum()), int((bits != expected).sum())]
+            if any(bad):
+                wrong.append(f"{plan.name}: {bad[0]} of {y.numel()} elements, {bad[1]} of {bits.numel()} bytes")
+    assert plans and not wrong, "\n".join(wrong)
 
 
 @every_implementation

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from fusion_backend.kernels import conv_transpose, epilogue, epilogue_backward, gate
+from fusion_backend.kernels import conv_transpose, epilogue, epilogue_backward, epilogue_backward_turned, gate
 from fusion_backend.kernels import conv_transpose_training as kernels
 from fusion_backend.kernels.conv_transpose import CONV_TRANSPOSE
 from tests.kernels.compiling import record_launches
@@ -276,7 +276,7 @@ def test_opcheck(channels_last: bool, device: str) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_gpu_gets_one_kernel_forward_and_one_backward(channels_last: bool, fused: bool) -> None:
-    """Beside PyTorch's convolutions, at the seed's shape. Nothing is launched."""
+    """Beside PyTorch's convolutions, at the seed's shape; a contiguous x is turned. Nothing is launched."""
 
     def step() -> None:
         x, weight = torch.empty(128, 64, 128, 128, device="cuda"), torch.empty(64, 64, 3, 3, device="cuda")
@@ -298,9 +298,11 @@ def test_a_gpu_gets_one_kernel_forward_and_one_backward(channels_last: bool, fus
         return lambda: launches.extend(record_launches(module, run))
 
     with FakeTensorMode(), torch.no_grad():
-        recorded(epilogue_backward, recorded(epilogue, recorded(conv_transpose, step)))()
-    names = [launch.kernel.fn.__name__ for launch in launches]
-    assert names == ["_conv_transpose_kernel" if fused else "_flat_kernel", "_backward_kernel"]
+        together = recorded(epilogue_backward, recorded(epilogue, recorded(conv_transpose, step)))
+        recorded(epilogue_backward_turned, together)()
+    names = sorted(launch.kernel.fn.__name__ for launch in launches)
+    backward = ["_backward_kernel"] if channels_last else ["_transpose_kernel", "_turned_backward_kernel"]
+    assert names == sorted(["_conv_transpose_kernel" if fused else "_flat_kernel", *backward])
 
 
 X, W = torch.zeros(2, 4, 5, 3), torch.zeros(4, 6, 3, 3)

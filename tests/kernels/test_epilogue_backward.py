@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 pytest.importorskip("triton")
 
 from fusion_backend.kernels import epilogue_backward as kernels
+from fusion_backend.kernels import epilogue_backward_turned as turned
 from fusion_backend.kernels import matrix
 from fusion_backend.kernels.blocks import ENOUGH_PROGRAMS
 from fusion_backend.kernels.gate import pack, unpack
@@ -44,13 +45,15 @@ class Implementation:
         channels_last: bool = False,
         sum_passed: bool = True,
         sum_blocked: bool = True,
+        to_last: bool | None = None,
     ) -> Results:
         number = scale if isinstance(scale, float) else 1.0
         tensor = scale if isinstance(scale, torch.Tensor) else None
-        rest = (tensor, number, channels_last, sum_passed, sum_blocked)
+        rest = (tensor, number, channels_last, sum_passed, sum_blocked, to_last)
         if self.twin is None:
             return torch.ops.fused_post.epilogue_backward(grad, bits, *rest)
-        return self.twin._backward(grad, bits, *rest)
+        with mock.patch.object(turned, "_turned_backward_kernel", TURNED._turned_backward_kernel):
+            return self.twin._backward(grad, bits, *rest)
 
     def launch(self, grad: torch.Tensor, bits: torch.Tensor, channels_last: bool, config: Config) -> Results:
         module = self.twin or kernels
@@ -59,6 +62,7 @@ class Implementation:
             return module.launch(grad, bits, None, 1.0, channels_last, True, True, tiling)
 
 
+TURNED = interpreted(turned)
 ON_CPU = Implementation("cpu")
 INTERPRETED = Implementation("cpu", interpreted(kernels))
 ON_GPU = Implementation("cuda")
@@ -112,6 +116,28 @@ def test_any_size_in_both_layouts(
     passing, scale = mask(shape, run.device), scales(shape[1], run.device)
     results = run(grad, pack(passing, channels_last), scale, channels_last)
     assert_exact(results, grad, passing, scale, channels_last)
+
+
+@every_implementation
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*SIZES, (2, 96, 33), (1, 3, 8, 9, 17), (34, 6, 20), (3, 70, 16, 8)], ids=str)
+def test_into_the_other_layout(
+    run: Implementation, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
+) -> None:
+    """Also without bits, without a scale, and without sums."""
+    grad = laid_out(random(shape, dtype, run.device), channels_last)
+    passing, scale = mask(shape, run.device), scales(shape[1], run.device)
+    bits = pack(passing, channels_last)
+    results = run(grad, bits, scale, channels_last, True, True, not channels_last)
+    assert_exact(results, grad, passing, scale, not channels_last)
+    everything = torch.ones_like(passing)
+    assert_exact(
+        run(grad, None, None, channels_last, True, True, not channels_last), grad, everything, None, not channels_last
+    )
+    alone, *sums = run(grad, bits, None, channels_last, False, False, not channels_last)
+    assert torch.equal(alone, torch.where(passing, grad, 0.0))
+    assert is_laid_out(alone, not channels_last) and [each.numel() for each in sums] == [0, 0]
 
 
 @every_implementation
@@ -299,7 +325,8 @@ def test_mistakes_are_named(
 def test_the_operator_has_the_agreed_schema() -> None:
     assert str(torch.ops.fused_post.epilogue_backward.default._schema) == (
         "fused_post::epilogue_backward(Tensor grad, Tensor? bits, Tensor? scale, float scale_number, "
-        "bool channels_last, bool sum_passed, bool sum_blocked) -> (Tensor, Tensor, Tensor)"
+        "bool channels_last, bool sum_passed, bool sum_blocked, bool? to_channels_last=None) "
+        "-> (Tensor, Tensor, Tensor)"
     )
 
 
@@ -312,6 +339,7 @@ def test_opcheck(shape: tuple[int, ...], channels_last: bool, device: str) -> No
     bits, scale = pack(mask(shape, device), channels_last), scales(shape[1], device)
     torch.library.opcheck(operator, (grad, bits, scale, 1.0, channels_last, True, True))
     torch.library.opcheck(operator, (grad, None, None, 2.0, not channels_last, True, False))
+    torch.library.opcheck(operator, (grad, bits, scale, 1.0, channels_last, True, True, not channels_last))
 
 
 def test_there_is_no_second_derivative() -> None:
@@ -346,7 +374,7 @@ def test_sizes_that_vary_are_traced_into_one_launch(channels_last: bool) -> None
 
     def backward(grad: torch.Tensor) -> Results:
         bits = grad.new_empty((grad.numel() + 7) // 8, dtype=torch.uint8)
-        return kernels._backward(grad, bits, None, 2.0, channels_last, True, True)
+        return kernels._backward(grad, bits, None, 2.0, channels_last, True, True, None)
 
     with mock.patch.object(kernels, "runs", return_value=True):
         graph = make_fx(backward, tracing_mode="symbolic")(x)

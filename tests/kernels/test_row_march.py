@@ -18,9 +18,10 @@ from fusion_backend.kernels import launching, problem, row_march
 from fusion_backend.kernels.coefficients import coefficients_for
 from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.conv_transpose import reference
+from fusion_backend.kernels.gate import Gate, pack, passes
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.problem import Problem, problem_for
-from fusion_backend.kernels.strips import CONFIGS, Config, choose_march, configs_for, march_for, why_not
+from fusion_backend.kernels.strips import CONFIGS, Config, choose_march, configs_for, march_for, why_no_bits, why_not
 from tests.kernels.compiling import record_launches
 from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager, tf32
 from tests.kernels.implementations import DTYPES, Value, every, split
@@ -53,13 +54,14 @@ class Run:
         values: Sequence[Value] = (),
         config: Config | None = None,
         segments: int | None = None,
+        *gated: Any,
     ) -> None:
-        """With the configuration that is chosen, unless one is given."""
+        """With the configuration that is chosen, unless one is given; ``gated``: bits to fill, and their gate."""
         module = self.twin or row_march
         given = coefficients_for(out, *split(values))
         march = march_for(problem, x.shape, config, segments) if config else choose_march(problem, x.shape)
         with mock.patch.object(row_march, "wrap_triton", lambda kernel: kernel):
-            module.launch(out, x, module.pack(weight, problem, march.config), problem, march, given)
+            module.launch(out, x, module.pack(weight, problem, march.config), problem, march, given, *gated)
 
     def __call__(
         self,
@@ -90,6 +92,40 @@ def check(run: Run, conv: Conv, dtype: torch.dtype, from_last: bool, to_last: bo
     values = coefficients(conv.C_out, run.device)
     y = run(conv, x, weight, values, to_last, **options)
     assert_close(y, x, weight, conv, values, tf32=x.is_cuda)
+
+
+GATED = {
+    "k3s2": (Conv((2, 16, 3, 8), 16, (3,), (2,), (1,), (1,)), (True, True)),
+    "k2s2": (Conv((1, 17, 3, 4), 24, (2,), (2,)), (True, True)),
+    "k4s4": (Conv((1, 5, 2, 6), 8, (4,), (4,)), (True, True)),
+    "k3s1": (Conv((2, 5, 3, 8), 8, (3,), (1,), (1,)), (True, True)),
+    "3d": (Conv((1, 9, 2, 3, 4), 16, (3,), (2,), (1,), (1,)), (True, True)),
+    "odd rows": (Conv((1, 5, 3, 5), 8, (3,), (2,), (1,)), (False, True)),
+    "stride 3": (Conv((1, 5, 3, 8), 8, (3,), (3,)), (False, True)),
+    "12 channels": (Conv((1, 5, 3, 8), 12, (2,), (2,)), (True, False)),
+}
+
+
+@every_run
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("conv", "possible"), GATED.values(), ids=GATED)
+def test_the_bits_of_a_gate(run: Run, conv: Conv, possible: tuple[bool, bool], dtype: torch.dtype) -> None:
+    """On whole numbers, with which every sum is exact and both bounds are hit; from either layout to either."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-2, 3, t.shape, generator=generator) for t in conv.tensors(dtype, "cpu"))
+    shift = torch.randint(-2, 3, (conv.C_out,), generator=generator)
+    x, weight, shift = x.to(run.device, dtype), weight.to(run.device, dtype), shift.to(run.device, torch.float32)
+    z = reference(x, weight, conv.axes, 1, None, shift).float()
+    for last, gate in ((False, Gate(True, False, False)), (True, Gate(False, True))):
+        problem = run.problem(conv, laid_out(x, not last), weight, last)
+        reason = why_no_bits(problem, NARROW, conv.y[-1])
+        assert (reason is None) == possible[last], reason
+        if reason is None:
+            y = torch.full(conv.y, math.nan, dtype=dtype, device=run.device)
+            y, bits = laid_out(y, last), torch.full((-(-y.numel() // 8),), 255, dtype=torch.uint8, device=run.device)
+            run.launch(y, laid_out(x, not last), weight, problem, (None, shift, -1.0, 3.0), NARROW, None, bits, gate)
+            assert torch.equal(y.float(), z.clamp(-1, 3))
+            assert torch.equal(bits, pack(passes(z, -1.0, 3.0, gate), last))
 
 
 def along_one_dimension() -> list[tuple[int, int, int, int]]:
