@@ -4,8 +4,8 @@
 
 Writes fusion_backend/measured/<gpu>.json; what the results say nothing of, inference or training, stays in it as it is.
 To each plan's time is added what the compiled call takes beside it, mostly packing the weight: the time of "fused_post"
-less that of its plan where that was measured, else of the packing alone. Of a training step the file gets our ways that
-keep bits, and the fastest of all that keep none. Then every case is taken out in turn and predicted from the others:
+less that of its plan where that was measured, else of the packing alone. Of a training step the file gets our ways and
+the fastest peer. Then every case is taken out in turn and predicted from the others:
 printed is how often ``auto`` would have been slower than the best peer, or than the best plan, and by how much.
 """
 
@@ -50,9 +50,8 @@ def compact(row: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-# Our ways to train, and what the benchmark calls them. Folded and left to Inductor a site keeps no bits.
-WAYS = {"fused": "fused_post fused", "epilogue": "fused_post epilogue"}
-WITHOUT_BITS = (*PEERS, "fused_post inductor")
+# Our ways to train, and what the benchmark calls them.
+WAYS = {"fused": "fused_post fused", "epilogue": "fused_post epilogue", training.FOLDED: "fused_post inductor"}
 
 
 def compact_training(row: dict[str, Any]) -> dict[str, Any] | None:
@@ -60,7 +59,7 @@ def compact_training(row: dict[str, Any]) -> dict[str, Any] | None:
     columns = {name: column for name, column in row["contenders"].items() if "ms" in column}
     if "inductor" not in columns:
         return None
-    peer = min((name for name in WITHOUT_BITS if name in columns), key=lambda name: columns[name]["ms"])
+    peer = min((name for name in PEERS if name in columns), key=lambda name: columns[name]["ms"])
     taken = {way: columns[name] for way, name in WAYS.items() if name in columns}
     every = taken | {"peer": columns[peer]}
     return {

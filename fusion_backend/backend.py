@@ -109,7 +109,9 @@ def _rewrite(decision: Decision) -> bool:
         return rewrite.use_training(site, fused=choice.kernel == "fused", leave_bias=choice.kernel == "inductor")
     if choice.kernel == "fused":
         return rewrite.use_fused(site, choice.plan, choice.relayout)
-    return rewrite.use_epilogue(site) if choice.kernel == "epilogue" else rewrite.fold(site)
+    if choice.kernel == "epilogue":
+        return rewrite.use_epilogue(site)
+    return choice.folds and rewrite.fold(site)
 
 
 def _module(node: fx.Node) -> fx.GraphModule:

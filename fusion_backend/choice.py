@@ -55,6 +55,7 @@ class Choice:
     training: bool = False
     plan: str | None = None  # of the fused kernel: the name of a measured one, or None for the operator's own rule
     relayout: bool = False  # a contiguous site becomes channels_last
+    folds: bool = True  # where Inductor keeps the site, it gets the tail's normal form if that is shorter
 
 
 def choose(site: Site, options: Options, around: Surroundings = ALONE) -> Choice:
@@ -85,10 +86,10 @@ def choose(site: Site, options: Options, around: Surroundings = ALONE) -> Choice
 
 
 def _auto(site: Site, options: Options, around: Surroundings, problem: str | None, trains: bool, saves: bool) -> Choice:
+    if trains:
+        return _trained(site, around, problem, saves)
     if problem:
         return _inductor(site, f"no kernel of ours is taken: {problem}", saves)
-    if trains:
-        return _trained(site, around, saves)
     relayout = is_relaid(site, around)
     if relayout is None:
         return _inductor(site, f"no kernel of ours is taken: {UNKNOWN_LAYOUT}", saves)
@@ -107,24 +108,37 @@ def _auto(site: Site, options: Options, around: Surroundings, problem: str | Non
     return Choice("fused", f"{faster}, by {found.plan}{layout}; {packed}", plan=found.plan, relayout=relayout)
 
 
-def _trained(site: Site, around: Surroundings, saves: bool) -> Choice:
-    if is_relaid(site, around) is not False:
-        return _inductor(site, f"no kernel of ours is taken: {RELAID_IN_TRAINING}", saves)
+def _trained(site: Site, around: Surroundings, problem: str | None, saves: bool) -> Choice:
+    if site.convolution.value.device.type == "cpu" and problem:
+        return _inductor(site, f"no kernel of ours is taken: {problem}", saves)
+    if not problem and is_relaid(site, around) is not False:
+        problem = RELAID_IN_TRAINING
     why = why_no_bits(site)
-    if why and why != RELU_ALONE:
-        return _inductor(site, f"no kernel of ours is taken: {why}", saves)
+    if not problem and why != RELU_ALONE:
+        problem = why
+    if problem:
+        return _as_written(f"no kernel of ours is taken: {problem}", saves, site)
     found = problem_of(site)
     if found is None:
-        return _inductor(site, "its sizes are not known even roughly", saves)
+        return _as_written("its sizes are not known even roughly", saves, site)
     best = training.predict(*found, why == RELU_ALONE, gpu_name(site.convolution.value.device))
     if isinstance(best, str):
-        return _inductor(site, f"no kernel of ours is measured in training: {best}", saves)
+        return _as_written(f"no kernel of ours is measured in training: {best}", saves, site)
     case = f"the most similar measured case, {best.case}"
     predicted = f"predicted to have {best.speedup:.2f} times the speed of Inductor in training at {case}"
     kept = f"keeping {best.kept:.2f} of what Inductor keeps for the backward"
     if not best.is_taken:
-        return _inductor(site, f"the {best.way} kernel is {predicted}, {kept}", saves)
+        return _as_written(f"the {best.way} way is {predicted}, {kept}", saves, site)
+    if best.way == training.FOLDED:
+        return _inductor(site, f"folded it is {predicted}, {kept}", saves_bits=False)
     return Choice(best.way, f"{predicted}, {kept}", training=True)
+
+
+def _as_written(why: str, saves_bits: bool, site: Site) -> Choice:
+    """Folded by operations that have the same gradient, a tail is no faster as a rule, and can be slower: measured."""
+    if saves_bits:
+        return _inductor(site, why, saves_bits)
+    return Choice("inductor", f"{why}; the tail as written", folds=False)
 
 
 def _plan_asked_for(site: Site, options: Options, relayout: bool) -> str | None:

@@ -1,12 +1,13 @@
 """What is measured of training steps on a kind of GPU, and which of our ways that speaks for at a site.
 
-Both ways keep one bit an element for the backward, by ``fused_post::conv_transpose_training``:
+Two of them keep one bit an element for the backward, by ``fused_post::conv_transpose_training``:
 
     fused       the fused kernel writes result and bits
     epilogue    PyTorch's convolution, and the epilogue kernel, which writes the bits
+    folded      the tail's normal form in torch operations, left to Inductor, without bits
 
 ``measured/<gpu>.json`` holds under "training", for each measured site, the device's time of a forward and a backward in
-each way and in the fastest that keeps no bits (``peer``), and the bytes that forward keeps for backward in each. A site
+each way and in the fastest of the peers (``peer``), and the bytes that forward keeps for backward in each. A site
 is judged as in inference (``evidence``): by itself or by the two cases most like it, which both must speak for a way. A
 case speaks for one that is faster than the peer, or that keeps less and is not slower. Behind a lone relu the peer
 keeps its result alone, which the next operation keeps anyway: such sites are judged by each other.
@@ -26,6 +27,8 @@ from fusion_backend.kernels.problem import Problem
 
 # What counts as not slower: a step's time differs that much from run to run.
 NOT_SLOWER = 0.98
+
+FOLDED = "folded"
 
 RELU = "bias_relu"  # the benchmark's name of the tail that is a relu alone
 

@@ -69,6 +69,8 @@ class Up(nn.Module):
         ({"fused": 1.03, "epilogue": 1.5}, LESS, None),
         ({"fused": 0.97, "epilogue": 1.01}, {"fused": 160, "epilogue": 10, "peer": 160}, "epilogue"),
         ({}, LESS, None),
+        ({"folded": 0.9}, AS_MUCH | {"folded": 160}, "folded"),
+        ({"folded": 0.97}, AS_MUCH | {"folded": 160}, None),
     ],
 )
 def test_what_is_faster_is_taken_or_what_keeps_less_and_is_not_slower(
@@ -76,7 +78,7 @@ def test_what_is_faster_is_taken_or_what_keeps_less_and_is_not_slower(
 ) -> None:
     known.append(row(plans, kept))
     (site,) = explain(Up(), X).sites
-    assert site.kernel == (taken or "inductor")
+    assert site.kernel == (taken if taken in ("fused", "epilogue") else "inductor")
     if taken:
         assert f"{1 / plans[taken]:.2f} times the speed of Inductor in training" in site.reason
         assert f"keeping {kept[taken] / 160:.2f} of what Inductor keeps" in site.reason
@@ -144,8 +146,8 @@ def test_results_become_what_is_read(tmp_path: Any, monkeypatch: pytest.MonkeyPa
     (tmp_path / "a-gpu.json").write_text(as_text({"gpu": "A GPU", "cases": [], "training": [compacted] * 2}))
     monkeypatch.setattr(evidence, "MEASURED", tmp_path)
     case, _ = training.measured.__wrapped__("A GPU")
-    assert (case.plans, case.peer) == ({"fused": 2}, 4)
-    assert case.kept == {"fused": 10, "peer": 40} and case.problem.x_last
+    assert (case.plans, case.peer) == ({"fused": 2, "folded": 4}, 5)
+    assert case.kept == {"fused": 10, "folded": 40, "peer": 50} and case.problem.x_last
     assert compact_training({**result, "contenders": {"eager": column(9, 90)}}) is None
 
 
