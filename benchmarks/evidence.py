@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -85,7 +84,7 @@ def is_plan(name: str) -> bool:
 def judge(rows: list[dict[str, Any]]) -> None:
     """Leave one out: what ``auto`` would take for it, against what it would have been best to take."""
     cases = [evidence.case_of(row) for row in rows]
-    slower, lost, taken = [], [], 0
+    slower, lost, taken, unknown = [], [], 0, 0
     for row, own in zip(rows, cases, strict=True):
         others = tuple(case for case in cases if case is not own)
         with mock.patch.object(evidence, "measured", lambda gpu, others=others: others):
@@ -96,12 +95,16 @@ def judge(rows: list[dict[str, Any]]) -> None:
             )
         takes = isinstance(found, evidence.Prediction) and found.speedup >= evidence.LEAST_SPEEDUP
         taken += takes
-        time = own.plans.get(found.plan, math.inf) if takes else own.peer
+        if takes and found.plan not in own.plans:
+            unknown += 1
+            continue
+        time = own.plans[found.plan] if takes else own.peer
         best = min((own.peer, *own.plans.values()))
         title = f"{row['case']} {row['dtype']} {row['memory_format']}"
         slower += [(time / own.peer, title)] if time > 1.05 * own.peer else []
         lost += [(time / best, title)] if time > 1.05 * best else []
     print(f"{len(cases)} cases, each predicted from the others: the fused kernel is taken for {taken}")
+    print(f"with a plan that was not measured there for {unknown} of these; of the others:")
     for what, bad in (("the best peer", slower), ("the best of all", lost)):
         print(f"slower than {what} by more than 5 %: {len(bad)}")
         for ratio, title in sorted(bad, reverse=True)[:20]:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from fusion_backend.kernels.phases import Axis
-from fusion_backend.kernels.plans import Plan, plans_for
+from fusion_backend.kernels.plans import Plan, choose_plan, plans_for
 from fusion_backend.kernels.problem import SMALLEST_EDGE, Problem
 from fusion_backend.kernels.rounding import cdiv
 
@@ -39,6 +39,10 @@ OPAQUE = 0.1
 
 # Less than this is not worth leaving Inductor, whose time differs from run to run, too.
 LEAST_SPEEDUP = 1.05
+
+# Where a single case is near it must show so much, by a march: those take as long as their bytes do, while for a plain
+# product of matrices much depends on how well the peer does, which differs more from shape to shape.
+LEAST_SPEEDUP_ALONE = 1.5
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def predict(
     ``replayed``: the call becomes part of a CUDA graph, so that no operator costs the host anything. ``beside``:
     milliseconds that any plan of ours takes on top, and the peers do not.
     """
-    deciding = nearest(problem, shape, measured(gpu), gpu)
+    deciding = nearest(problem, shape, measured(gpu), gpu, fewest=1)
     if isinstance(deciding, str):
         return deciding
     fitting = {plan.name: plan for plan in plans_for(problem)}
@@ -81,16 +85,27 @@ def predict(
     if any(prediction is None for prediction in predictions):
         return f"at a most similar measured case, {deciding[0].name}, no plan of ours that fits here was right"
     first, *others = (prediction for prediction in predictions if prediction is not None)
+    exact = _distance(problem, tuple(shape), deciding[0]) == 0
+    ruled = choose_plan(problem, tuple(shape))
+    if not exact and fitting[first.plan].is_march and ruled.is_march and not fitting[first.plan].turned:
+        # How wide a tile may be depends on how many there are, which the rule sees and the case does not.
+        first = replace(first, plan=ruled.name, packed_bytes=ruled.packed_bytes(problem))
+    if not others and not exact:
+        marches = fitting[first.plan].is_march or fitting[first.plan].is_hopper
+        if first.speedup < LEAST_SPEEDUP_ALONE or not marches:
+            return f"a single measured case on {gpu} is like it, {first.case}, and no march is far faster there"
     return replace(first, speedup=min(each.speedup for each in (first, *others)))
 
 
-def nearest(problem: Problem, shape: Sequence[int], cases: Sequence[AnyCase], gpu: str) -> list[AnyCase] | str:
-    """The case of this very convolution, or else the two most like it; or why there are none, in words."""
+def nearest(
+    problem: Problem, shape: Sequence[int], cases: Sequence[AnyCase], gpu: str, fewest: int = 2
+) -> list[AnyCase] | str:
+    """The case of this very convolution, or else the two most like it, at least ``fewest``; or why there are none."""
     if not cases:
         return f"nothing is measured on {gpu}"
     distances = ((_distance(problem, tuple(shape), case), case) for case in cases)
     near = sorted((pair for pair in distances if pair[0] <= FARTHEST), key=lambda pair: pair[0])
-    if not near or (near[0][0] > 0 and len(near) < 2):
+    if not near or (near[0][0] > 0 and len(near) < fewest):
         return f"no measured case on {gpu} is like it"
     return [case for _, case in (near[:1] if near[0][0] == 0 else near[:2])]
 

@@ -9,6 +9,7 @@ import torch
 from fusion_backend import evidence
 from fusion_backend.evidence import Case, Prediction, predict
 from fusion_backend.kernels.phases import Axis
+from fusion_backend.kernels.plans import choose_plan
 from fusion_backend.kernels.problem import Problem
 
 K3S2 = Axis(3, 2, 1, 1)
@@ -79,9 +80,29 @@ def test_what_a_case_says_nothing_of(changes: dict[str, object], shape: tuple[in
     assert predict(replace(SEED, **changes), shape, "known") == "no measured case on known is like it"
 
 
-def test_one_case_alone_says_nothing_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evidence, "measured", lambda gpu: CASES[:1])
-    assert predict(SEED, SHAPE, "known") == "no measured case on known is like it"
+@pytest.mark.parametrize(
+    ("plans", "peer", "taken"),
+    [({MARCH: 0.5, GENERAL: 0.8}, 1.0, True), ({MARCH: 0.7}, 1.0, False), ({MARCH: 0.8, GENERAL: 0.5}, 1.0, False)],
+    ids=["far faster", "hardly faster", "no march"],
+)
+def test_one_case_alone_must_show_a_march_to_be_far_faster(
+    monkeypatch: pytest.MonkeyPatch, plans: dict[str, float], peer: float, taken: bool
+) -> None:
+    monkeypatch.setattr(evidence, "measured", lambda gpu: (case("small", 16, plans, peer),))
+    found = predict(SEED, SHAPE, "known")
+    if taken:
+        assert isinstance(found, Prediction) and (found.plan, found.speedup) == (MARCH, 2.0)
+    else:
+        assert found == "a single measured case on known is like it, small, and no march is far faster there"
+
+
+def test_of_another_size_the_march_is_cut_by_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs get narrower tiles."""
+    monkeypatch.setattr(evidence, "measured", lambda gpu: CASES[:2])
+    shape = (2, 64, 64, 64)
+    found = predict(replace(SEED, positions=2 * 64 * 64), shape, "known")
+    assert isinstance(found, Prediction)
+    assert found.plan == choose_plan(replace(SEED, positions=2 * 64 * 64), shape).name != MARCH
 
 
 def test_a_case_where_no_plan_was_right_speaks_against_all(monkeypatch: pytest.MonkeyPatch) -> None:
