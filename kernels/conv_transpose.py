@@ -56,7 +56,7 @@ from fusion_backend.kernels.plans import Plan, choose_plan, plan_named, plans_fo
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.tf32 import round_to_tf32, rounded_to_tf32
-from fusion_backend.kernels.tiling import Tiling, choose_tiling, tiling_for, why_no_bits
+from fusion_backend.kernels.tiling import Tiling, choose_tiling, tiling_for, tilings, why_no_bits
 
 # In an image, of x or of the output: pixels, also those that fill a row of phases up, are counted in 32 bits.
 MOST_PIXELS = 2**30
@@ -582,8 +582,8 @@ def run(
     if runs(_conv_transpose_kernel, x) and indexable:
         compiled = isinstance(_conv_transpose_kernel, JITFunction)
         problem = problem_for(x, weight, axes, groups, out_last, allow_tf32, compiled)
-        general = Plan(choose_tiling(problem).config)
-        candidates = [_plan(problem, x, plan_name), general] if compiled else [general]
+        general = (Plan(tiling.config) for tiling in (choose_tiling(problem), *tilings(problem)))
+        candidates = [_plan(problem, x, plan_name), *general] if compiled else [*general]
         plan = next((each for each in candidates if gate is None or not _why_no_bits(each, problem, sizes[-1])), None)
     if gate is not None and plan is None:
         return None

@@ -179,7 +179,7 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
         used = _by_channel(weight, scale, groups) if needs_scale else weight
         sizes = (stride, padding, dilation, True, output_padding, groups)
         lengths = None if bias is None else bias.shape
-        of_x = _turned(x, True) if turned else x
+        of_x = _turned(x, True, grad_conv) if turned else x
         gradients = torch.ops.aten.convolution_backward(grad_conv, of_x, used, lengths, *sizes, wanted)
         grad_x, grad_weight, grad_bias = gradients
         if turned:
@@ -210,11 +210,9 @@ def _is_faster_turned(x: torch.Tensor, weight: torch.Tensor, groups: int) -> boo
     return image and filled and groups == 1 and torch.version.hip is None
 
 
-def _turned(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """At the speed of a copy; x itself where it is laid out so."""
-    if is_channels_last(x) is channels_last:
-        return x
-    return torch.ops.fused_post.epilogue.default(x, channels_last=channels_last)
+def _turned(x: torch.Tensor, channels_last: bool, after: torch.Tensor | None = None) -> torch.Tensor:
+    """x itself where it is laid out so."""
+    return x if is_channels_last(x) is channels_last else epilogue.turned(x, after, channels_last)
 
 
 def _by_channel(weight: torch.Tensor, scale: torch.Tensor, groups: int) -> torch.Tensor:

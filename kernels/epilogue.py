@@ -43,8 +43,6 @@ from fusion_backend.kernels.layout import empty, is_channels_last
 from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.support import DTYPES
 
-# What a launch without bits is told; its kernel does not look at it.
-
 
 @triton.jit
 def _flat_kernel(
@@ -377,3 +375,20 @@ def epilogue_(
 ) -> None:
     """``epilogue``, written over x. An x neither contiguous nor channels_last goes through a contiguous copy."""
     _in_place(x, (scale, shift, lo, hi), (scale_number, shift_number, lo_number, hi_number))
+
+
+@triton_op("fused_post::turned", mutates_args=())
+def turned(x: torch.Tensor, after: torch.Tensor | None, channels_last: bool) -> torch.Tensor:
+    """``x`` [N, C, *spatial] as a new tensor of its values, contiguous or channels_last, at about a copy's speed.
+
+    ``after``: of at least C elements, on x's device; its values do not matter. What AOTAutograd can compute from the
+    inputs of a model alone it computes in forward, and keeps: a result that waits for a gradient it cannot.
+    """
+    if is_channels_last(x) is None:
+        x = x.contiguous()
+    out = empty(x.shape, x, channels_last)
+    if not runs_kernel(x) or bool(is_channels_last(x)) == channels_last or out.numel() == 0:
+        return out.copy_(x)
+    config = choose_config(True, out.numel() * out.dtype.itemsize)
+    _launch_transpose(out, x, Coefficients((after, None, None, None), (0.0,) * 4, (False,) * 4), config)
+    return out

@@ -69,6 +69,10 @@ NO_WASTE = 32  # channels in a tile, of which any number may be padding
 MOST_ACCUMULATORS = 128
 MOST_INPUTS = 32
 
+# Elements of a tile. In larger ones, 128x256, bits came out wrong on an H200 by triton 3.6, others in each launch, and
+# the results beside them right.
+LARGEST_WITH_BITS = 128 * 128
+
 # Fewer programs than this leave multiprocessors idle: about two for each of a large GPU.
 ENOUGH_PROGRAMS = 264
 
@@ -180,6 +184,8 @@ def why_no_bits(problem: Problem, tiling: Tiling, W_out: int) -> str | None:
 
     The 8 elements of a byte must be 8 neighbours in a row of one tile.
     """
+    if tiling.config.rows * tiling.config.columns > LARGEST_WITH_BITS:
+        return f"tiles of {tiling.config.rows} times {tiling.config.columns} elements are too large for right ones"
     if problem.out_last:
         channels = problem.C_out if problem.dot else problem.C_out * problem.groups
         if channels % 8 or tiling.block_c % 8:

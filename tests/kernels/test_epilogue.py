@@ -710,3 +710,16 @@ def test_inductor_launches_the_kernel_without_python(kind: str, dynamic: bool) -
             assert f"{kernel}_0.run(" in code
             assert "torch.ops.fused_post" not in code
             assert code.count("async_compile.triton(") == 2
+
+
+@every_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SIZES, (3, 70, 16, 8), (0, 3, 4, 5)], ids=str)
+def test_turned(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    """Values of ``after`` do not matter, NaN ones neither."""
+    x = random(shape, dtype, device)
+    after = torch.full((1, shape[1], 1), math.nan, dtype=dtype, device=device)
+    for last, to_last, waits in itertools.product((False, True), (False, True), (after, None)):
+        y = torch.ops.fused_post.turned(laid_out(x, last), waits, to_last)
+        assert torch.equal(y, x) and is_laid_out(y, to_last)
+    torch.library.opcheck(torch.ops.fused_post.turned.default, (x, after, True))
