@@ -28,7 +28,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("no GPU here")
     row = Row(KNOWN[args.case], getattr(torch, args.dtype), args.layout == "channels_last")
-    name = args.plan or row.compiled_plan
+    name = args.plan or row.compiled_plan()
     plan = plan_named(row.problem, name)
     if plan is None:
         parser.error(f"--plan {name!r}; allowed for this case are {[plan.name for plan in plans_for(row.problem)]}")

@@ -94,3 +94,10 @@ def test_the_folders_cannot_be_imported_under_their_bare_names(name):
 def test_the_links_to_the_two_folders_are_relative():
     for name in ("patterns", "kernels"):
         assert os.readlink(ROOT / "fusion_backend" / name) == f"../{name}"
+
+
+def test_the_tables_of_the_readme_are_those_of_the_data() -> None:
+    from benchmarks.tables import written
+
+    readme = (ROOT / "README.md").read_text()
+    assert written(readme) == readme, "python -m benchmarks.tables"
