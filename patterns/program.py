@@ -287,7 +287,7 @@ class _Walk:
         return alone.reason if isinstance(alone, Refusal) else _Value(x, alone)
 
     def _name(self, node: fx.Node, call: Call, made: _Value) -> None:
-        source = call.arguments["input"]
+        source: Any = call.arguments.get("input")
         if call.operation == "detach":
             self.number[node], self.memory[node] = self.number[source], self.memory[source]
         else:

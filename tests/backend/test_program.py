@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dialects import DIALECTS, call
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 pytest.importorskip("triton")
 
 from benchmarks.kernelbench import PROBLEMS
 from benchmarks.measure import TOLERANCE, relative_rmse
 from fusion_backend import backend, choice, explain, fused_post, rewrite
+from fusion_backend.kernels import problem
 from fusion_backend.patterns.site import Site, find_convolutions, match
 from tests.kernels.implementations import GPU_MARKS
 
@@ -186,6 +187,39 @@ def test_where_a_gradient_flows_the_steps_stay(monkeypatch: pytest.MonkeyPatch) 
     wanted = [model.up.weight, model.up.bias, model.b]
     gradients = [torch.autograd.grad(f(x).square().sum(), wanted) for f in (compiled, model)]
     torch.testing.assert_close(*gradients)
+
+
+def site_of(model: nn.Module, *inputs: Tensor) -> tuple[fx.GraphModule, Site]:
+    gm = DIALECTS["dynamo"](model.eval(), *inputs)
+    (site,) = (match(node, bare=True) for node in find_convolutions(gm))
+    assert isinstance(site, Site)
+    return gm, site
+
+
+@torch.no_grad()
+def test_a_site_with_a_program_is_none_for_the_march_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem, "is_hopper", lambda device: True)
+    x = torch.randn(2, 4, 5, 7)
+    for tail, taken in ((torch.relu, True), (torch.tanh, False)):
+        _, site = site_of(Model(lambda m, y, tail=tail: tail(y)), x)
+        assert choice.problem_of(site)[0].hopper == taken
+
+
+@torch.no_grad()
+def test_a_site_that_becomes_channels_last_keeps_its_residual_out_of_the_kernel() -> None:
+    """The residual would have to become channels_last as well, in a pass of its own."""
+    x, skip = torch.randn(2, 32, 5, 6), torch.randn(2, 24, 10, 12)
+    gm, site = site_of(Residual(), x, skip)
+    assert choice.taken(site, "fused").program is not None
+    for left in (choice.taken(site, "fused", relayout=True), choice.taken(site, "inductor")):
+        assert left.program is None and left.tail == site.tail
+    rewrite.use_fused(site, relayout=True)
+    gm.graph.lint()
+    gm.recompile()
+    names = [getattr(node.target, "__name__", node.target) for node in gm.graph.nodes if node.op.startswith("call")]
+    assert "hardswish" in names and "conv_transpose.default" in names
+    _, alone = site_of(Model(TAILS["tanh"]), torch.randn(2, 4, 5, 7))
+    assert choice.taken(alone, "fused", relayout=True).program is not None
 
 
 # Problems of KernelBench, level 2: the program of each, and where it ends.

@@ -8,14 +8,15 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from fusion_backend.kernels import conv_transpose, epilogue, row_march
+from fusion_backend.kernels import conv_transpose, epilogue, problem, row_march
 from fusion_backend.kernels.activations import ACTIVATIONS
 from fusion_backend.kernels.coefficients import coefficients_for
 from fusion_backend.kernels.conv_transpose import reference
-from fusion_backend.kernels.plans import plans_for
+from fusion_backend.kernels.plans import Plan, plans_for
 from fusion_backend.kernels.problem import problem_for
 from fusion_backend.kernels.program import Instruction, Program, parse
 from fusion_backend.kernels.program import reference as run_program
@@ -129,6 +130,10 @@ def test_the_reference_is_the_plain_thing() -> None:
         torch.testing.assert_close(run_program(x, program), expected)
 
 
+def fits(plan: Plan, march: bool) -> bool:
+    return plan.is_march == march and not plan.turned and not plan.is_hopper
+
+
 # The kernels, each behind the same function: x, weight, convolution, the values of the normal form, program, layout.
 Kernel = Callable[..., torch.Tensor]
 TWIN, MARCH_TWIN, EPILOGUE_TWIN = (interpreted(module) for module in (conv_transpose, row_march, epilogue))
@@ -160,7 +165,7 @@ def on_gpu(march: bool) -> Kernel:
         x: torch.Tensor, weight: torch.Tensor, conv: Conv, values: Any, program: Program, last: bool
     ) -> torch.Tensor:
         problem = problem_for(x, weight, conv.axes, conv.groups, last, True)
-        plans = (plan.name for plan in plans_for(problem) if plan.is_march == march and not plan.turned)
+        plans = (plan.name for plan in plans_for(problem) if fits(plan, march))
         plan = next(plans, None)
         if plan is None:
             pytest.skip(f"the march does not take {conv}")
@@ -342,6 +347,20 @@ def test_on_a_cpu_inductor_compiles_the_reference() -> None:
     torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), function(x))
 
 
+def test_the_march_on_hopper_refuses_a_program() -> None:
+    sizes = ([2], [1], [1], [1])
+    with (
+        FakeTensorMode(),
+        mock.patch.object(problem, "is_hopper", return_value=True),
+        mock.patch.object(problem, "shared_memory_limit", return_value=227 * 1024),
+    ):
+        x, weight = torch.empty(2, 64, 32, 32, device="cuda"), torch.empty(64, 64, 3, 3, device="cuda")
+        hopper = next(plan for plan in plans_for(problem_for(x, weight, WIDE.axes, 1, False, True)) if plan.is_hopper)
+        with pytest.raises(ValueError, match=f"plan is '{hopper.name}'; allowed for this convolution are"):
+            torch.ops.fused_post.conv_transpose(x, weight, *sizes, plan=hopper.name, program="tanh v0")
+        assert torch.ops.fused_post.conv_transpose(x, weight, *sizes, program="tanh v0").shape == (2, 64, 64, 64)
+
+
 # On a GPU: every activation and every program, in both kernels.
 ON_GPU = {"general": on_gpu(march=False), "march": on_gpu(march=True)}
 WIDE = Conv((2, 32, 17, 24), 40, (3,), (2,), (1,), (1,))
@@ -378,15 +397,16 @@ def test_every_program_in_both_kernels_on_a_gpu(
 def test_inductor_launches_a_kernel_with_a_program_without_python(name: str, march: bool, device: str) -> None:
     from torch._inductor.utils import run_and_get_code
 
-    text = PROGRAMS[name]
     x, weight = WIDE.tensors(torch.bfloat16, device)
-    vectors = vectors_for(text, WIDE.C_out, device)
+    program = program_for(PROGRAMS[name], WIDE.y, x)
+    steps = {"program": program.text, "vectors": program.vectors}
+    steps |= {f"tensor_{i}": tensor for i, tensor in enumerate(program.tensors)}
     problem = problem_for(x, weight, WIDE.axes, 1, False, True)
-    plan = next(plan.name for plan in plans_for(problem) if plan.is_march == march and not plan.turned)  # bfloat16
+    plan = next(plan.name for plan in plans_for(problem) if fits(plan, march))  # bfloat16
 
     def function(x: torch.Tensor) -> torch.Tensor:
         return torch.ops.fused_post.conv_transpose(
-            x * 0.25, weight, [2], [1], [1], [1], channels_last=False, plan=plan, program=text, vectors=vectors
+            x * 0.25, weight, [2], [1], [1], [1], channels_last=False, plan=plan, **steps
         )
 
     y, (code,) = run_and_get_code(torch.compile(function, fullgraph=True), x)
