@@ -105,6 +105,8 @@ def _find(node: fx.Node) -> tuple[Operation | None, bool, bool]:
     """The row of ``node``'s target, whether the spelling is in place, and whether it is ATen's."""
     if node.op == "call_method":
         name = str(node.target)
+        if name.startswith("__"):  # as before torch 2.13 Dynamo writes abs(x)
+            return _BY_NAME.get(name.strip("_")), False, False
         return _BY_NAME.get(name.removesuffix("_")), name.endswith("_"), False
     name = aten_name(node.target)
     if name:
