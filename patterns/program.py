@@ -191,7 +191,7 @@ class _Walk:
         if call.operation in ("detach", "clone"):
             return _Value(inputs[0])
         if len(places) == 2 and call.operation in (*BINARY, "rsub"):
-            return self._binary(call, inputs)
+            return self._binary(call)
         if call.row.activation:
             return "the value is not its input" if places != ["input"] else self._activation(call, inputs[0])
         if len(places) != 1:
@@ -206,22 +206,21 @@ class _Walk:
             return steps
         return self._with_tensor(call, inputs[0], beside, places == ["input"])
 
-    def _binary(self, call: Call, inputs: list[int]) -> _Value | str:
-        x, y = inputs
+    def _binary(self, call: Call) -> _Value | str:
+        """input ± alpha * other and the like; rsub is other - alpha * input."""
+        names = ("other", "input") if call.operation == "rsub" else ("input", "other")
+        x, y = (self.number[call.arguments[name]] for name in names)
         alpha = call.arguments.get("alpha", 1)
         if call.arguments.get("rounding_mode") is not None:
             return f"rounding_mode={call.arguments['rounding_mode']!r} is no step"
         if not isinstance(alpha, (int, float)):
             return "alpha is not a constant number"
-        if call.operation == "rsub":
-            x, y = y, x
         if alpha != 1:
-            scaled = self._folded(x if call.operation == "rsub" else y, [Scale(float(alpha))])
+            scaled = self._folded(y, [Scale(float(alpha))])
             if isinstance(scaled, str):
                 return scaled
             self.values.append(scaled)
-            new = len(self.values) - 1
-            x, y = (new, y) if call.operation == "rsub" else (x, new)
+            y = len(self.values) - 1
         return _made_by("sub" if call.operation == "rsub" else call.operation, x, y)
 
     def _is_like_the_result(self, operand: fx.Node) -> bool:
@@ -248,10 +247,8 @@ class _Walk:
 
     def _activation(self, call: Call, x: int) -> _Value | str:
         given = {name: value for name, value in call.arguments.items() if name != "input"}
-        if any(isinstance(value, fx.Node) for value in given.values()) and call.operation not in (
-            "prelu",
-            "leaky_relu",
-        ):
+        varies = any(isinstance(value, fx.Node) for value in given.values())
+        if varies and call.operation not in ("prelu", "leaky_relu"):
             return "its parameters vary between calls"
         assert call.row.activation is not None
         step = call.row.activation(**given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -135,6 +136,19 @@ TAILS: dict[str, tuple[Tail, str, str]] = {
     "y + y": (lambda m, y: y + y, "y = x", "v1 = y + y"),
     "y - alpha*y": (
         lambda m, y: torch.sub(y.relu(), y, alpha=0.5), "y = x", "v1 = max(y, 0); v2 = 0.5*y; v3 = v1 - v2"
+    ),
+    "rsub, alpha": (
+        lambda m, y: torch.rsub(y.relu(), y, alpha=0.5), "y = x", "v1 = max(0.5*y, 0); v2 = y - v1"
+    ),
+    "add, alpha": (lambda m, y: torch.add(y, y.abs(), alpha=-3), "y = x", "v1 = abs(y); v2 = -3*v1; v3 = y + v2"),
+    "keywords, the other first": (
+        lambda m, y: torch.sub(other=y, input=torch.tanh(y)), "y = x", "v1 = tanh(y); v2 = v1 - y"
+    ),
+    "a quotient, the other first": (
+        lambda m, y: torch.div(other=1 + y.abs(), input=y), "y = x", "v1 = abs(y); v2 = v1 + 1; v3 = y/v2"
+    ),
+    "a tensor, the other first": (
+        lambda m, y: torch.sub(other=torch.tanh(y), input=m.full), "y = x", "v1 = tanh(y); v2 = full - v1"
     ),
     "rsub": (lambda m, y: torch.rsub(y.relu(), y), "y = x", "v1 = max(y, 0); v2 = y - v1"),
     "a maximum of two": (lambda m, y: torch.maximum(y, 0.1 * y), "y = x", "v1 = 0.1*y; v2 = max(y, v1)"),
@@ -299,3 +313,47 @@ def test_folding_leaves_the_steps_as_they_are_written() -> None:
     assert names[-3:] == ["mish", "mul", "add"] and names.count("clamp") == 1
     with torch.no_grad():
         torch.testing.assert_close(call(gm, x), model(x))
+
+
+UNARY = (torch.tanh, torch.sigmoid, torch.relu, F.silu, lambda v: v * 0.5 + 1, lambda v: v.detach(), torch.clone)
+IN_PLACE = (torch.tanh_, torch.sigmoid_, torch.relu_, lambda v: v.mul_(0.5), lambda v: F.silu(v, inplace=True))
+PAIRS = (torch.add, torch.sub, torch.mul, torch.maximum, lambda v, w: v.add_(w), lambda v, w: torch.rsub(v, w, alpha=2))
+
+
+def drawn(seed: int) -> Tail:
+    """Some operations on values that were made before, in place too; what is returned may be any of these."""
+    draw = random.Random(seed)
+    steps = []
+    for _ in range(draw.randint(2, 7)):
+        kind, first, second = draw.random(), draw.randint(1, 3), draw.randint(1, 5)
+        table = UNARY if kind < 0.4 else IN_PLACE if kind < 0.6 else PAIRS if kind < 0.97 else (lambda v: v + v.mean(),)
+        steps.append((table is PAIRS, draw.choice(table), first, second))
+    also = draw.choice([None, None, 1, 2, 3])
+
+    def tail(m: Any, y: Tensor) -> Any:
+        values = [y]
+        for takes_two, step, first, second in steps:
+            v = values[-min(first, len(values))]
+            w = m.full if second == 4 else m.b if second == 5 else values[-min(second, len(values))]
+            values.append(step(v, w) if takes_two else step(v))
+        return values[-1] if also is None else (values[-1], values[-min(also, len(values))])
+
+    return tail
+
+
+@pytest.mark.parametrize("seed", range(40))
+@torch.no_grad()
+def test_whatever_is_drawn_gives_eagers_numbers(seed: int) -> None:
+    torch.manual_seed(seed)
+    torch._dynamo.reset()
+    model, x = Model(drawn(seed)).eval(), torch.randn(2, 4, 5, 7)
+    sites: list[Site] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        (site,) = (match(node, bare=True) for node in find_convolutions(gm))
+        sites.append(site)
+        replaced(gm, site)
+        return gm.forward
+
+    torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), model(x))
+    assert len(sites) == 1
