@@ -68,7 +68,7 @@ Two rows, one on either side of the fence between reading graphs and computing:
 
 The tests go over both tables: derivative against autograd, Triton form against float64 in the interpreter and on a GPU,
 every GPU that we compile for. What is left to you is a line for each spelling in
-`tests/patterns/test_activations.py`, values for its parameters, if it has any, in `tests/kernels/test_activations.py`,
+`tests/patterns/test_activations.py`, values for its parameters, if it has any, in `tests/kernels/activations.py`,
 and `python docs/steps.py`.
 """
 

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from fusion_backend.kernels import epilogue
 from fusion_backend.kernels.activations import ACTIVATIONS
 from fusion_backend.kernels.program import Program
+from tests.kernels.activations import line, parameters_of
 from tests.kernels.implementations import every
 from tests.kernels.interpreting import interpreted
 
@@ -20,12 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 every_activation = pytest.mark.parametrize("name", ACTIVATIONS)
 
-# What the tests give for parameters, once or more often.
-PARAMETERS: dict[str, list[tuple[float, ...]]] = {
-    "elu": [(1.0, 1.0, 1.0), (0.5, 1.0, 2.0), (1.6732632423543772, 1.0507009873554805, 1.0)],
-    "leaky_relu": [(0.2,), (0.0,), (-1.5,)],
-    "softplus": [(1.0, 20.0), (2.0, 5.0), (-0.5, 3.0)],
-}
 EAGER: dict[str, Any] = {
     "elu": lambda x, alpha, scale, input_scale: torch.ops.aten.elu(x, alpha, scale, input_scale),
     "leaky_relu": F.leaky_relu,
@@ -39,10 +34,6 @@ SPECIAL = (
     0.51, -0.51, 0.62, -0.62, 0.63, -0.63, 1.0, -1.0, 3.0, -3.0, 6.0, -6.0, 9.0, -9.0, 19.9, 20.1, -20.0, 50.0, -50.0,
     100.0, -100.0, 1e10, -1e10, math.inf, -math.inf, math.nan, 0.2, 0.3, 0.4, 0.7,
 )  # fmt: skip
-
-
-def parameters_of(name: str) -> list[tuple[float, ...]]:
-    return PARAMETERS.get(name, [()])
 
 
 def values() -> torch.Tensor:
@@ -84,10 +75,6 @@ def in_interpreter(x: torch.Tensor, program: str, vectors: torch.Tensor | None =
 def on_gpu(x: torch.Tensor, program: str, vectors: torch.Tensor | None = None) -> torch.Tensor:
     vectors = None if vectors is None else vectors.cuda()
     return torch.ops.fused_post.epilogue(x.cuda(), program=program, vectors=vectors).cpu()
-
-
-def line(name: str, parameters: tuple[float, ...]) -> str:
-    return " ".join([name, "v0", *map(str, parameters)])
 
 
 @every(interpreter=in_interpreter, gpu=on_gpu)

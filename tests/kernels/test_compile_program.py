@@ -17,10 +17,10 @@ from fusion_backend.kernels.problem import problem_for
 from fusion_backend.kernels.program import NO_PROGRAM, Program
 from fusion_backend.kernels.strips import has_room, march_for
 from fusion_backend.kernels.tiling import choose_tiling
+from tests.kernels.activations import line, parameters_of
 from tests.kernels.compiling import CHIPS, Launch, compile_launch, on_chip, record_launches
 from tests.kernels.convolutions import PUBLIC
 from tests.kernels.inductor import assert_written_out_again, written_to
-from tests.kernels.test_activations import line, parameters_of
 
 PROGRAMS = {"tanh": "tanh v0", "mish, clamp": "mish v0; affine v1 2.0 1.0 -2.0 2.0", "gelu": "gelu v0"}
 # Short where ptxas, which is free to, takes other registers in a second compilation of much code.

@@ -21,11 +21,11 @@ from fusion_backend.kernels.problem import problem_for
 from fusion_backend.kernels.program import Instruction, Program, parse
 from fusion_backend.kernels.program import reference as run_program
 from fusion_backend.kernels.strips import Config, march_for
+from tests.kernels.activations import line, parameters_of
 from tests.kernels.convolutions import Conv, coefficients, tf32
 from tests.kernels.implementations import GPU_MARKS, every, split
 from tests.kernels.interpreting import interpreted
 from tests.kernels.layouts import is_laid_out, laid_out
-from tests.kernels.test_activations import line, parameters_of
 
 # NumPy, which interprets, speaks of every overflow and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -114,6 +114,30 @@ def test_what_are_no_vectors() -> None:
             torch.ops.fused_post.epilogue(x, program=text, vectors=vectors)
     with pytest.raises(ValueError, match=r"vectors has shape \(2, 0\); allowed"):
         torch.ops.fused_post.epilogue(x, program="tanh v0", vectors=torch.randn(2, 0))
+
+
+def test_what_are_no_tensors() -> None:
+    x, text = torch.randn(2, 3, 4, 5), "add v0 t0"
+    for tensor, shown in (
+        (torch.randn(2, 3, 4, 1), r"torch.float32 \(2, 3, 4, 1\) on cpu"),
+        (torch.randn(2, 3, 4, 5).double(), r"torch.float64 \(2, 3, 4, 5\) on cpu"),
+        (torch.randn(2, 3, 4, 5, device="meta"), r"torch.float32 \(2, 3, 4, 5\) on meta"),
+    ):
+        message = rf"a tensor of program 'add v0 t0' is {shown}; allowed is what the result is, torch.float32"
+        with pytest.raises(ValueError, match=message):
+            torch.ops.fused_post.epilogue(x, program=text, tensor_0=tensor)
+    with pytest.raises(ValueError, match=r"names \['t1'\], given are \['t1'\]; allowed is t0 before t1"):
+        torch.ops.fused_post.epilogue(x, program="add v0 t1", tensor_1=x)
+
+
+@pytest.mark.parametrize("to_last", [None, False, True])
+def test_a_tensor_in_another_layout_is_copied(to_last: bool | None) -> None:
+    x, tensor = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    for other in (tensor, laid_out(tensor, True), tensor.mT.contiguous().mT, tensor[:1].expand(2, 3, 4, 5)):
+        expected = torch.tanh(x + other)
+        program = Program("add v0 t0; tanh v1", None, (other, None))
+        y = epilogue_in_interpreter(x.clone(), (), program, to_last)
+        torch.testing.assert_close(y, expected, check_stride=False)
 
 
 def test_the_reference_is_the_plain_thing() -> None:
