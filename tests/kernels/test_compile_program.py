@@ -1,6 +1,8 @@
 """Typical programs in the three kernels, compiled for every GPU we support, and written out again by Inductor."""
 
 import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -18,14 +20,12 @@ from fusion_backend.kernels.program import NO_PROGRAM, Program
 from fusion_backend.kernels.strips import has_room, march_for
 from fusion_backend.kernels.tiling import choose_tiling
 from tests.kernels.activations import line, parameters_of
-from tests.kernels.compiling import CHIPS, Launch, compile_launch, on_chip, record_launches
+from tests.kernels.compiling import CHIPS, Compiled, Launch, compile_launch, on_chip, record_launches
 from tests.kernels.convolutions import PUBLIC
-from tests.kernels.inductor import assert_written_out_again, written_to
+from tests.kernels.inductor import written_out_again, written_to
 
 PROGRAMS = {"tanh": "tanh v0", "mish, clamp": "mish v0; affine v1 2.0 1.0 -2.0 2.0", "gelu": "gelu v0"}
-# Short where ptxas, which is free to, takes other registers in a second compilation of much code.
 MIXED = "silu v0; affine v1 2.0 c1 - c0; mul v2 v0; tanh v3"
-WRITTEN_OUT = {"general": MIXED, "march": "leaky_relu v0 c0", "epilogue": MIXED}
 SEED = PUBLIC["seed"]
 
 
@@ -117,19 +117,24 @@ def test_without_instructions_nothing_is_added() -> None:
         assert instructions(none) == instructions(nothing)
 
 
+def operations(compiled: Compiled) -> list[str]:
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?(\S+)", compiled.assembly, re.MULTILINE)
+
+
 def instructions(launch: Launch) -> list[str]:
     assembly = compile_launch(launch, CHIPS["sm_89"]).assembly
     return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", assembly, re.MULTILINE)
 
 
-@pytest.mark.parametrize("kernel", WRITTEN_OUT)
+@pytest.mark.parametrize("kernel", ["general", "march", "epilogue"])
 def test_what_inductor_writes_out_again_compiles_to_the_same(kernel: str, tmp_path: Path) -> None:
-    """Its source with all that it calls, and its constants by their ``repr``."""
-    text = WRITTEN_OUT[kernel]
-    launch = launch_of(kernel, "sm_90", text)
-    assert_written_out_again(launch, tmp_path)
+    """Its source with all that it calls, and its constants by their ``repr``; but ptxas may choose other registers."""
+    launch = launch_of(kernel, "sm_90", MIXED)
+    ours, theirs = written_out_again(launch, tmp_path)
+    assert replace(theirs, assembly="") == replace(ours, assembly="")
+    assert Counter(operations(theirs)) == Counter(operations(ours))
     assert written_to(launch) == ["out_ptr"]
-    assert eval(repr(launch.arguments["PROGRAM"])) == text
+    assert eval(repr(launch.arguments["PROGRAM"])) == MIXED
 
 
 def test_what_inductor_hands_over_in_float64_compiles_to_the_same() -> None:
