@@ -186,7 +186,7 @@ def _copied_bytes(site: Site, problem: Problem, shape: tuple[int, ...]) -> int:
     """
     sizes = (axis.output_size(size) for axis, size in zip(problem.axes[1:], shape[2:], strict=True))
     result = shape[0] * problem.C_out * problem.groups * math.prod(sizes)
-    leaves = any(user.op == "output" for name in site.aliases for user in name.users)
+    leaves = any(user.op == "output" for name in site.whole.aliases for user in name.users)
     return 2 * (math.prod(shape) + (2 if leaves else 1) * result) * problem.dtype.itemsize
 
 
@@ -206,7 +206,18 @@ def problem_of(site: Site, relayout: bool = False) -> tuple[Problem, tuple[int, 
     if relayout:
         problem = replace(problem, x_last=True, out_last=True)
     spans = (cdiv(axis.output_size(size), axis.stride) for axis, size in zip(axes, shape[2:], strict=True))
-    return replace(problem, positions=shape[0] * math.prod(spans)), shape
+    hopper = problem.hopper and site.program is None  # which that march does not take
+    return replace(problem, positions=shape[0] * math.prod(spans), hopper=hopper), shape
+
+
+def taken(site: Site, kernel: str | None, relayout: bool = False) -> Site:
+    """The site as a kernel takes it: with its program's nodes in the tail, or without a program.
+
+    A residual of a site that becomes channels_last would have to as well, in a pass of its own.
+    """
+    if kernel not in ("fused", "epilogue") or (relayout and site.program is not None and site.program.tensors):
+        return replace(site, program=None)
+    return site.whole
 
 
 def hint_of(size: Any) -> int | None:

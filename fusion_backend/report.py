@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from fusion_backend.choice import taken
 from fusion_backend.patterns.convolution import Convolution, read_convolution
 from fusion_backend.patterns.source import Miss, source_line
 from fusion_backend.plan import Decision
@@ -20,7 +21,8 @@ class SiteReport:
                  that changed the graph, or left a tail as written that is as short as its normal form
     ``kernel``   "fused", "epilogue", "inductor", or None where the graph stays as the user wrote it
     ``reason``   why this kernel, and why the tail goes no further; or why nothing was matched
-    ``equation`` the normal form of the tail, x being the convolution without its bias; "" for a miss
+    ``equation`` the normal form of the tail, x being the convolution without its bias, and behind it the steps of the
+                 program that a kernel of ours takes, such as "v1 = tanh(y)"; "" for a miss
     ``source``   file:line of the user's lines, the convolution's first
     ``convolution`` channels and shape of the convolution
     """
@@ -66,11 +68,11 @@ def _describe(decision: Decision) -> SiteReport:
     if isinstance(found, Miss):
         return SiteReport(False, None, found.reason, "", source_line(node), _convolution(node))
     assert choice is not None, "a site always has a choice"
-    reason = f"{choice.why} (the tail ends at {found.end.reason})"
-    lines = dict.fromkeys(line for line in map(source_line, (node, *found.tail)) if line)
-    return SiteReport(
-        choice.kernel is not None, choice.kernel, reason, str(found.biased), ", ".join(lines), _convolution(node)
-    )
+    site = taken(found, choice.kernel, choice.relayout)
+    equation = f"{site.biased}; {site.program}" if site.program else str(site.biased)
+    reason = f"{choice.why} (the tail ends at {(site.program or site).end.reason})"
+    lines = dict.fromkeys(line for line in map(source_line, (node, *site.tail)) if line)
+    return SiteReport(choice.kernel is not None, choice.kernel, reason, equation, ", ".join(lines), _convolution(node))
 
 
 def _convolution(node: fx.Node) -> str:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from fusion_backend.choice import layout_of
+from fusion_backend.choice import layout_of, taken
 from fusion_backend.patterns import coefficient as co
 from fusion_backend.patterns.algebra import NormalForm
 from fusion_backend.patterns.coefficient import Coefficient, Leaf
@@ -40,10 +40,12 @@ def use_epilogue(site: Site) -> bool:
     """Replace bias and tail by the operator ``fused_post::epilogue_``, in place on the convolution's fresh output."""
     from fusion_backend.kernels import epilogue  # noqa: F401  the import registers the operator, and needs triton
 
+    site = taken(site, "epilogue")
     node, readers = site.convolution.node, _readers(site)
     with _inserting(site):
         y = _without_bias(site) if site.convolution.bias is not None else node
-        node.graph.call_function(torch.ops.fused_post.epilogue_.default, (y, *_coefficients(site, site.biased)))
+        arguments = (y, *_coefficients(site, site.biased))
+        node.graph.call_function(torch.ops.fused_post.epilogue_.default, arguments, _program(site))
     _replace(site, readers, y)
     if y is not node:
         node.graph.erase_node(node)
@@ -57,10 +59,12 @@ def use_fused(site: Site, plan: str | None = None, relayout: bool = False) -> bo
     """
     from fusion_backend.kernels import conv_transpose  # noqa: F401  the import registers the operator, and needs triton
 
+    site = taken(site, "fused", relayout)
     readers = _readers(site)
     with _inserting(site):
         last, allow_tf32 = layout_of(site.convolution.value)
-        y = _call(site, torch.ops.fused_post.conv_transpose.default, relayout or last, allow_tf32, plan)
+        target = torch.ops.fused_post.conv_transpose.default
+        y = _call(site, target, relayout or last, allow_tf32, plan, **_program(site))
         if relayout:
             x: Any = y.args[0]
             with y.graph.inserting_before(y):
@@ -89,8 +93,8 @@ def use_training(site: Site, fused: bool, leave_bias: bool) -> bool:
     return True
 
 
-def _call(site: Site, target: Any, *flags: Any, leave_bias: bool | None = None) -> fx.Node:
-    """A call of an operator that takes a transposed convolution and a normal form, and ``flags`` behind them.
+def _call(site: Site, target: Any, *flags: Any, leave_bias: bool | None = None, **program: Any) -> fx.Node:
+    """A call of an operator that takes a transposed convolution and a normal form, and the rest behind them.
 
     ``leave_bias`` is None for an operator without an argument for the convolution's bias.
     """
@@ -104,7 +108,7 @@ def _call(site: Site, target: Any, *flags: Any, leave_bias: bool | None = None) 
     sizes = (convolution.stride, convolution.padding, convolution.output_padding, convolution.dilation)
     coefficients = _coefficients(site, site.form if left is not None else site.biased)
     lists = (list(size or ()) for size in sizes)
-    return graph.call_function(target, (*inputs, *lists, convolution.groups, *coefficients, *flags))
+    return graph.call_function(target, (*inputs, *lists, convolution.groups, *coefficients, *flags), program)
 
 
 _IDENTITY = (1.0, 0.0, -math.inf, math.inf)
@@ -131,6 +135,31 @@ def _coefficients(site: Site, form: NormalForm) -> tuple[fx.Node | float | None,
 
     numbers = [c if isinstance(c, float) else none for c, none in zip(coefficients, _IDENTITY, strict=True)]
     return (*map(vector, coefficients), *numbers)
+
+
+def _program(site: Site) -> dict[str, Any]:
+    """What is done behind the first normal form, as our operators take it: text, and a column for each vector in it."""
+    if site.program is None:
+        return {}
+    columns: list[Coefficient] = []
+
+    def word(c: Coefficient | None) -> str:
+        if c is None or isinstance(c, float):
+            return "-" if c is None else repr(c)
+        columns.append(c)
+        return f"c{len(columns) - 1}"
+
+    text = "; ".join(
+        " ".join([each.name, *(f"v{v}" if v >= 0 else f"t{-1 - v}" for v in each.values), *map(word, each.parameters)])
+        for each in site.program.instructions
+    )
+    leaf = _leaf_reader(site, GraphAppendingTracer(site.last.graph), site.form)
+    known: dict[int, Any] = {}
+    channels = site.convolution.value.shape[1]
+    vectors: Any = [co.evaluate(column, leaf, known).expand(channels) for column in columns]
+    stacked: Any = torch.stack(vectors, 1) if vectors else None
+    tensors = {f"tensor_{i}": tensor for i, tensor in enumerate(site.program.tensors)}
+    return {"program": text, "vectors": stacked.node if vectors else None, **tensors}
 
 
 def _as(dtype: torch.dtype, node: fx.Node) -> fx.Node:

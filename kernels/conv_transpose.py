@@ -1,7 +1,8 @@
 """y = min(max(a * conv_transpose(x, w) + b, lo), hi): a transposed convolution with its tail inside.
 
 x is [N, C_in, *spatial] of rank 3 to 5, w [C_in, C_out / groups, *kernel]; a, b, lo and hi are each a number or one
-value per output channel. The accumulator never leaves the chip: y is written once, and rounded once.
+value per output channel. Whatever else the tail does to y, activations and so on, is a ``program``. The accumulator
+never leaves the chip: y is written once, and rounded once.
 
 Each phase of the output (see ``phases``) is a dense convolution, hence a matrix product over its own taps and C_in:
 
@@ -54,6 +55,17 @@ from fusion_backend.kernels.layout import empty, is_channels_last
 from fusion_backend.kernels.phases import Axis
 from fusion_backend.kernels.plans import Plan, choose_plan, plan_named, plans_for
 from fusion_backend.kernels.problem import Problem, problem_for
+from fusion_backend.kernels.program import (
+    NO_PROGRAM,
+    Program,
+    apply_program,
+    check_program,
+    laid_out_as,
+    load_tensors,
+    load_vectors,
+    tensors_of,
+)
+from fusion_backend.kernels.program import reference as run_program
 from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.tf32 import round_to_tf32, rounded_to_tf32
 from fusion_backend.kernels.tiling import Tiling, choose_tiling, tiling_for, tilings, why_no_bits
@@ -78,6 +90,8 @@ def reference(
     shift: Coefficient = None,
     lo: Coefficient = None,
     hi: Coefficient = None,
+    *,
+    program: Program = NO_PROGRAM,
 ) -> torch.Tensor:
     """The same in plain PyTorch. In float64 for a float64 x, else in float32; rounded once."""
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -91,7 +105,7 @@ def reference(
         groups,
         [axis.dilation for axis in axes],
     )
-    return pointwise(y, scale, shift, lo, hi).to(x.dtype)
+    return run_program(pointwise(y, scale, shift, lo, hi), program).to(x.dtype)
 
 
 @triton.jit
@@ -191,6 +205,9 @@ def _conv_transpose_kernel(
     shift_ptr,
     lo_ptr,
     hi_ptr,
+    vectors_ptr,
+    tensor_0_ptr,
+    tensor_1_ptr,
     N,
     D,
     H,
@@ -206,6 +223,7 @@ def _conv_transpose_kernel(
     LO_OPEN: tl.constexpr,
     HI_OPEN: tl.constexpr,
     PASSES_NAN: tl.constexpr,
+    PROGRAM: tl.constexpr,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -257,6 +275,7 @@ def _conv_transpose_kernel(
     whether 16 divides a number.
     """
     OFFSET: tl.constexpr = tl.int64 if LONG else tl.int32
+    LATE: tl.constexpr = tensors_of(PROGRAM) > 0  # then a program runs where its tensors are read as y is written
     CHANNELS: tl.constexpr = C_OUT if DOT else C_OUT * GROUPS  # that one run of tiles covers
     ALL_IN: tl.constexpr = C_IN * GROUPS
     ALL_OUT: tl.constexpr = C_OUT * GROUPS
@@ -392,7 +411,10 @@ def _conv_transpose_kernel(
         low = load_coefficient(lo_ptr, lo, out_channel, None, None)
         high = load_coefficient(hi_ptr, hi, out_channel, None, None)
         z = apply_coefficients(acc, a, b, low, high, HAS_SCALE, HAS_SHIFT, False, False)
-        y = apply_coefficients(z, a, b, low, high, False, False, HAS_LO, HAS_HI).to(out_ptr.dtype.element_ty)
+        y = apply_coefficients(z, a, b, low, high, False, False, HAS_LO, HAS_HI)
+        if not LATE:
+            vectors = load_vectors(vectors_ptr, out_channel, None, None, PROGRAM)
+            y = apply_program(y, vectors, (), PROGRAM).to(out_ptr.dtype.element_ty)
         passing = y
         if bits_ptr is not None:
             passing = passes_gate(z, low, high, HAS_LO, HAS_HI, LO_OPEN, HI_OPEN, PASSES_NAN).to(tl.int8)
@@ -420,6 +442,10 @@ def _conv_transpose_kernel(
         exists = _within(exists, o_h[:, None], e_h[None, :], O_H, phase_h, STRIDE_H, GROWTH_H, SHARED_H)
         exists = _within(exists, o_w[:, None], e_w[None, :], O_W, phase_w, STRIDE_W, GROWTH_W, SHARED_W)
         offset = row[:, None] + along[None, :]
+        if LATE:
+            vectors = load_vectors(vectors_ptr, (group * C_OUT + known)[None, :], None, None, PROGRAM)
+            tensors = load_tensors(tensor_0_ptr, tensor_1_ptr, offset, exists, PROGRAM)
+            y_0 = apply_program(y_0, vectors, tensors, PROGRAM).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + offset, y_0, mask=exists)
         if bits_ptr is not None:
             store_bits(bits_ptr, row, along, passing_0, exists, BLOCK_M, COLUMNS)
@@ -455,6 +481,11 @@ def _conv_transpose_kernel(
         row = (group * C_OUT + channel) * plane + (e_d * O_H + e_h) * O_W
         along = n * (ALL_OUT * plane) + (o_d * O_H + o_h) * O_W + o_w
         offset = row[:, None] + along[None, :]
+        if LATE:
+            known = group * C_OUT + tl.minimum(channel, CHANNELS - 1)
+            vectors = load_vectors(vectors_ptr, known[:, None], None, None, PROGRAM)
+            tensors = load_tensors(tensor_0_ptr, tensor_1_ptr, offset, exists, PROGRAM)
+            y = apply_program(y, vectors, tensors, PROGRAM).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + offset, y, mask=exists)
         if bits_ptr is not None:
             if JOINED == 2:
@@ -487,6 +518,7 @@ def launch(
     coefficients: Coefficients,
     bits: torch.Tensor | None = None,
     gate: Gate = EVERYTHING,
+    program: Program = NO_PROGRAM,
 ) -> None:
     """Fill ``out`` from ``x``, both dense, that is contiguous or channels_last, and from what ``pack`` returns.
 
@@ -521,6 +553,8 @@ def launch(
         x,
         packed,
         *coefficients.tensors,
+        program.vectors,
+        *program.tensors,
         N,
         D,
         H,
@@ -528,6 +562,7 @@ def launch(
         *coefficients.numbers,
         *coefficients.present,
         *(gate.lo_open, gate.hi_open, gate.passes_nan),
+        PROGRAM=program.text,
         C_IN=problem.C_in,
         C_OUT=problem.C_out,
         GROUPS=problem.groups,
@@ -562,12 +597,17 @@ def run(
     allow_tf32: bool,
     gate: Gate | None = None,
     plan_name: str | None = None,
+    program: Program = NO_PROGRAM,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """What ``conv_transpose`` returns and, with a gate, its bits; then None where no kernel can write these."""
+    """What ``conv_transpose`` returns and, with a gate, its bits; then None where no kernel can write these.
+
+    There are no bits behind a program, and the march on Hopper takes none.
+    """
     groups = int(groups)
     check_inputs(x, weight, groups)
     C_out = int(weight.shape[1]) * groups
     check_coefficients(C_out, x.device, tensors)
+    check_program(program, C_out, x.device)
     axes = axes_for(x.dim() - 2, weight.shape[2:], stride, padding, output_padding, dilation)
     if is_channels_last(x) is None:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -582,8 +622,10 @@ def run(
     if runs(_conv_transpose_kernel, x) and indexable:
         compiled = isinstance(_conv_transpose_kernel, JITFunction)
         problem = problem_for(x, weight, axes, groups, out_last, allow_tf32, compiled)
+        problem = replace(problem, hopper=problem.hopper and not program.text)
+        tensors_read = sum(tensor is not None for tensor in program.tensors)
         general = (Plan(tiling.config) for tiling in (choose_tiling(problem), *tilings(problem)))
-        candidates = [_plan(problem, x, plan_name), *general] if compiled else [*general]
+        candidates = [_plan(problem, x, plan_name, tensors_read), *general] if compiled else [*general]
         plan = next((each for each in candidates if gate is None or not _why_no_bits(each, problem, sizes[-1])), None)
     if gate is not None and plan is None:
         return None
@@ -598,11 +640,13 @@ def run(
     out = empty((x.shape[0], C_out, *sizes), x, out_last)
     bits = out.new_empty(0 if gate is None else cdiv(out.numel(), 8), dtype=torch.uint8)
     coefficients = coefficients_for(out, tensors, numbers)
+    program = laid_out_as(out, program)
     if plan is None:
-        out.copy_(reference(x, weight, axes, groups, *coefficients.values))
+        out.copy_(reference(x, weight, axes, groups, *coefficients.values, program=program))
     else:
-        packed, gated = pack_for(plan, weight, problem), () if gate is None else (bits, gate)
-        launch_plan(out, x, packed, problem, plan, coefficients, *gated)
+        packed = pack_for(plan, weight, problem)
+        written = None if gate is None else bits
+        launch_plan(out, x, packed, problem, plan, coefficients, written, gate or EVERYTHING, program)
     return out, bits
 
 
@@ -616,10 +660,11 @@ def _why_no_bits(plan: Plan, problem: Problem, W_out: int) -> str | None:
     return why_no_bits(plan.problem(problem), tiling, W_out)
 
 
-def _plan(problem: Problem, x: torch.Tensor, name: str | None) -> Plan:
+def _plan(problem: Problem, x: torch.Tensor, name: str | None, tensors: int = 0) -> Plan:
     """The plan of that name; the rule's where there is none, or where x has another layout than the name is for.
 
-    Tracers do not always agree on the strides of what an operation returns.
+    Tracers do not always agree on the strides of what an operation returns. Where a march has no room for the tensors
+    of a program, a march that has, or else the general kernel.
     """
     plan = choose_plan(problem, x.shape) if name is None else plan_named(problem, name)
     if plan is None and name is not None and plan_named(replace(problem, x_last=not problem.x_last), name):
@@ -627,6 +672,10 @@ def _plan(problem: Problem, x: torch.Tensor, name: str | None) -> Plan:
     if plan is None:
         known = [each.name for each in plans_for(problem)]
         raise ValueError(f"plan is {name!r}; allowed for this convolution are {known}")
+    rest = plan.problem(problem)
+    if isinstance(plan.config, strips.Config) and not strips.has_room(rest, plan.config, tensors):
+        configs = (config for config in strips.configs_for(rest) if strips.has_room(rest, config, tensors))
+        plan = replace(plan, config=next(configs, None) or choose_tiling(rest).config)
     return plan
 
 
@@ -651,6 +700,7 @@ def launch_plan(
     coefficients: Coefficients,
     bits: torch.Tensor | None = None,
     gate: Gate = EVERYTHING,
+    program: Program = NO_PROGRAM,
 ) -> None:
     """Fill ``out``, and ``bits`` where given, from ``x`` and from what ``pack_for`` returns; all of them are dense.
 
@@ -665,11 +715,11 @@ def launch_plan(
         x, problem = turned, plan.problem(problem)
     if isinstance(plan.config, strips.Config):
         march = strips.march_for(problem, x.shape, plan.config)
-        row_march.launch(out, x, packed, problem, march, coefficients, bits, gate)
+        row_march.launch(out, x, packed, problem, march, coefficients, bits, gate, program)
         return
     tiling = tiling_for(problem, plan.config)
     assert tiling is not None, "a plan fits"
-    launch(out, x, packed, problem, tiling, coefficients, bits, gate)
+    launch(out, x, packed, problem, tiling, coefficients, bits, gate, program)
 
 
 # The body comes first: where triton_op registers an operator it looks for the kernels behind it, for compile caches.
@@ -695,6 +745,10 @@ def conv_transpose(
     channels_last: bool | None = None,
     allow_tf32: bool = True,
     plan: str | None = None,
+    program: str = "",
+    vectors: torch.Tensor | None = None,
+    tensor_0: torch.Tensor | None = None,
+    tensor_1: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """min(max(scale * conv_transpose(x, weight) + shift, lo), hi), as [N, C_out, *spatial] of x's dtype.
 
@@ -705,11 +759,15 @@ def conv_transpose(
     ``channels_last`` chooses the memory format of the result (strides (C*L, 1, C) for rank 3); None keeps x's own. An x
     in neither format is made contiguous first. ``allow_tf32``: on NVIDIA's tensor cores float32 x and weight are
     rounded to TF32. Images of 2**30 pixels or more are left to PyTorch's own convolution. ``plan`` is the name of one
-    of ``plans_for``, and None the rule's. Raises ValueError or TypeError for anything else.
+    of ``plans_for``, and None the rule's. ``program``: what is done to that value before it is rounded, written as in
+    ``kernels/program.py``, ``vectors`` the contiguous float32 [C_out, k] that it names, on x's device, and ``tensor_0``
+    and ``tensor_1`` what it names t0 and t1, of the result's shape, dtype and device; in another memory format they are
+    copied. Raises ValueError or TypeError for anything else.
     """
     numbers = (scale_number, shift_number, lo_number, hi_number)
     sizes = (stride, padding, output_padding, dilation)
     tensors = (scale, shift, lo, hi)
-    ran = run(x, weight, *sizes, groups, tensors, numbers, channels_last, allow_tf32, None, plan)
+    steps = Program(program, vectors, (tensor_0, tensor_1))
+    ran = run(x, weight, *sizes, groups, tensors, numbers, channels_last, allow_tf32, None, plan, steps)
     assert ran is not None, "None is for gates"
     return ran[0]

@@ -1,6 +1,7 @@
 """y = min(max(a*x + b, lo), hi): the tail of a convolution, in one pass over memory.
 
-x is [N, C, *spatial] of rank 3 to 5; a, b, lo and hi are each a number or one value per channel. Read once, computed in
+x is [N, C, *spatial] of rank 3 to 5; a, b, lo and hi are each a number or one value per channel. Whatever else a tail
+does to y, activations and so on, is a ``program``. Read once, computed in
 fp32, rounded once, written once:
 
     bytes moved = 2 * numel * itemsize        (the 4 * C values of the coefficients stay in cache)
@@ -40,6 +41,16 @@ from fusion_backend.kernels.coefficients import (
 from fusion_backend.kernels.gate import EVERYTHING, Gate, pack_bits, passes_gate
 from fusion_backend.kernels.launching import runs
 from fusion_backend.kernels.layout import empty, is_channels_last
+from fusion_backend.kernels.program import (
+    NO_PROGRAM,
+    Program,
+    apply_program,
+    check_program,
+    laid_out_as,
+    load_tensors,
+    load_vectors,
+)
+from fusion_backend.kernels.program import reference as run_program
 from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.support import DTYPES
 
@@ -53,6 +64,9 @@ def _flat_kernel(
     shift_ptr,
     lo_ptr,
     hi_ptr,
+    vectors_ptr,
+    tensor_0_ptr,
+    tensor_1_ptr,
     numel,
     channels,
     spatial,
@@ -67,6 +81,7 @@ def _flat_kernel(
     LO_OPEN: tl.constexpr,
     HI_OPEN: tl.constexpr,
     PASSES_NAN: tl.constexpr,
+    PROGRAM: tl.constexpr,
     WHOLE_ROWS: tl.constexpr,
     WHOLE_PIXELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -118,7 +133,10 @@ def _flat_kernel(
     lo = load_coefficient(lo_ptr, lo, channel, next_channel, beyond)
     hi = load_coefficient(hi_ptr, hi, channel, next_channel, beyond)
     z = apply_coefficients(x.to(tl.float32), scale, shift, lo, hi, HAS_SCALE, HAS_SHIFT, False, False)
-    y = apply_coefficients(z, scale, shift, lo, hi, False, False, HAS_LO, HAS_HI).to(x.dtype)
+    y = apply_coefficients(z, scale, shift, lo, hi, False, False, HAS_LO, HAS_HI)
+    vectors = load_vectors(vectors_ptr, channel, next_channel, beyond, PROGRAM)
+    tensors = load_tensors(tensor_0_ptr, tensor_1_ptr, begin + index, index < inside, PROGRAM)
+    y = apply_program(y, vectors, tensors, PROGRAM).to(x.dtype)
 
     if inside >= BLOCK:
         tl.store(outs_ptr, y)
@@ -143,6 +161,9 @@ def _transpose_kernel(
     shift_ptr,
     lo_ptr,
     hi_ptr,
+    vectors_ptr,
+    tensor_0_ptr,
+    tensor_1_ptr,
     channels,
     spatial,
     scale,
@@ -153,6 +174,7 @@ def _transpose_kernel(
     HAS_SHIFT: tl.constexpr,
     HAS_LO: tl.constexpr,
     HAS_HI: tl.constexpr,
+    PROGRAM: tl.constexpr,
     TO_CHANNELS_LAST: tl.constexpr,
     C_UNIT: tl.constexpr,
     S_UNIT: tl.constexpr,
@@ -183,9 +205,13 @@ def _transpose_kernel(
     shift = load_coefficient(shift_ptr, shift, known, None, None)
     lo = load_coefficient(lo_ptr, lo, known, None, None)
     hi = load_coefficient(hi_ptr, hi, known, None, None)
-    y = apply_coefficients(x, scale, shift, lo, hi, HAS_SCALE, HAS_SHIFT, HAS_LO, HAS_HI)
+    y = apply_coefficients(x.to(tl.float32), scale, shift, lo, hi, HAS_SCALE, HAS_SHIFT, HAS_LO, HAS_HI)
+    vectors = load_vectors(vectors_ptr, known, None, None, PROGRAM)
+    at = by_pixel if TO_CHANNELS_LAST else by_channel
+    tensors = load_tensors(tensor_0_ptr, tensor_1_ptr, at, inside, PROGRAM)
+    y = apply_program(y, vectors, tensors, PROGRAM).to(x.dtype)
 
-    tl.store(out_ptr + (by_pixel if TO_CHANNELS_LAST else by_channel), y, mask=inside)
+    tl.store(out_ptr + at, y, mask=inside)
 
 
 def launch(
@@ -195,6 +221,7 @@ def launch(
     config: Config | None = None,
     bits: torch.Tensor | None = None,
     gate: Gate = EVERYTHING,
+    program: Program = NO_PROGRAM,
 ) -> None:
     """Fill ``out`` from ``x``, or in place where x is None. Both are dense: contiguous or channels_last.
 
@@ -208,9 +235,9 @@ def launch(
     config = config or choose_config(transposing, out.numel() * out.dtype.itemsize, aligned)
     if transposing:
         assert bits is None
-        _launch_transpose(out, source, coefficients, config)
+        _launch_transpose(out, source, coefficients, config, program)
     else:
-        _launch_flat(out, x, coefficients, config, bits, gate)
+        _launch_flat(out, x, coefficients, config, bits, gate, program)
 
 
 def _launch_flat(
@@ -220,9 +247,10 @@ def _launch_flat(
     config: Config,
     bits: torch.Tensor | None,
     gate: Gate,
+    program: Program,
 ) -> None:
     channels_last = bool(is_channels_last(out))
-    known_at_once = all(tensor is None for tensor in coefficients.tensors)
+    known_at_once = all(tensor is None for tensor in (*coefficients.tensors, program.vectors))
     blocks = blocks_for(out.shape, out.dtype, channels_last, known_at_once, config)
     config = blocks.config
     block = config.elements(out.dtype)
@@ -234,6 +262,8 @@ def _launch_flat(
         bits,
         x,
         *coefficients.tensors,
+        program.vectors,
+        *program.tensors,
         numel,
         blocks.channels,
         blocks.spatial,
@@ -242,6 +272,7 @@ def _launch_flat(
         LO_OPEN=gate.lo_open,
         HI_OPEN=gate.hi_open,
         PASSES_NAN=gate.passes_nan,
+        PROGRAM=program.text,
         WHOLE_ROWS=blocks.whole_rows,
         WHOLE_PIXELS=blocks.whole_pixels,
         CHANNELS_LAST=channels_last,
@@ -251,7 +282,9 @@ def _launch_flat(
     )
 
 
-def _launch_transpose(out: torch.Tensor, x: torch.Tensor, coefficients: Coefficients, config: Config) -> None:
+def _launch_transpose(
+    out: torch.Tensor, x: torch.Tensor, coefficients: Coefficients, config: Config, program: Program
+) -> None:
     N, C, *sizes = out.shape
     S = math.prod(sizes)
     C = int(C)
@@ -261,10 +294,13 @@ def _launch_transpose(out: torch.Tensor, x: torch.Tensor, coefficients: Coeffici
         out,
         x,
         *coefficients.tensors,
+        program.vectors,
+        *program.tensors,
         C // tiles.c_unit,
         S // tiles.s_unit,
         *coefficients.numbers,
         *coefficients.present,
+        PROGRAM=program.text,
         TO_CHANNELS_LAST=bool(is_channels_last(out)),
         C_UNIT=tiles.c_unit,
         S_UNIT=tiles.s_unit,
@@ -286,30 +322,44 @@ def runs_kernel(x: torch.Tensor) -> bool:
     return runs(_flat_kernel, x)
 
 
-def _out_of_place(x: torch.Tensor, tensors: Tensors, numbers: Numbers, channels_last: bool | None) -> torch.Tensor:
+def _out_of_place(
+    x: torch.Tensor,
+    tensors: Tensors,
+    numbers: Numbers,
+    channels_last: bool | None,
+    program: Program = NO_PROGRAM,
+) -> torch.Tensor:
     _check(x, tensors)
+    check_program(program, x.shape[1], x.device)
     coefficients = coefficients_for(x, tensors, numbers)
     if is_channels_last(x) is None:
         x = x.contiguous()
     out = torch.empty_like(x) if channels_last is None else empty(x.shape, x, channels_last)
+    program = laid_out_as(out, program)
     if runs_kernel(x):
-        launch(out, x, coefficients)
+        launch(out, x, coefficients, program=program)
     else:
-        out.copy_(reference(x, *coefficients.values))
+        out.copy_(_reference(x, coefficients, program))
     return out
 
 
-def _in_place(x: torch.Tensor, tensors: Tensors, numbers: Numbers) -> None:
+def _in_place(x: torch.Tensor, tensors: Tensors, numbers: Numbers, program: Program = NO_PROGRAM) -> None:
     _check(x, tensors)
+    check_program(program, x.shape[1], x.device)
     coefficients = coefficients_for(x, tensors, numbers)
     if not runs_kernel(x):
-        x.copy_(reference(x, *coefficients.values))
+        x.copy_(_reference(x, coefficients, program))
     elif is_channels_last(x) is None:
         dense = x.contiguous()
-        launch(dense, None, coefficients)
+        launch(dense, None, coefficients, program=laid_out_as(dense, program))
         x.copy_(dense)
     else:
-        launch(x, None, coefficients)
+        launch(x, None, coefficients, program=laid_out_as(x, program))
+
+
+def _reference(x: torch.Tensor, coefficients: Coefficients, program: Program) -> torch.Tensor:
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    return run_program(reference(exact, *coefficients.values), program).to(x.dtype)
 
 
 def gated_(y: torch.Tensor, tensors: Tensors, numbers: Numbers, gate: Gate | None) -> torch.Tensor:
@@ -349,16 +399,24 @@ def epilogue(
     lo_number: float | None = None,
     hi_number: float | None = None,
     channels_last: bool | None = None,
+    program: str = "",
+    vectors: torch.Tensor | None = None,
+    tensor_0: torch.Tensor | None = None,
+    tensor_1: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """min(max(scale * x + shift, lo), hi), per channel, as a new tensor of x's shape and dtype.
 
     ``x``: [N, C, *spatial], rank 3 to 5, float32, float16 or bfloat16. Each coefficient is a contiguous float32 tensor
     [C] on x's device or, where that is None, the number; a bound that is None or infinite on its own side is no bound.
     ``channels_last`` chooses the memory format of the result (strides (C*L, 1, C) for rank 3); None keeps x's own. An x
-    in neither format is made contiguous first. Raises ValueError or TypeError for anything else.
+    in neither format is made contiguous first. ``program``: what is done to that value before it is rounded, written
+    as in ``kernels/program.py``, ``vectors`` the contiguous float32 [C, k] that it names, on x's device, and
+    ``tensor_0`` and ``tensor_1`` what it names t0 and t1, of the result's shape, dtype and device; in another memory
+    format they are copied. Raises ValueError or TypeError for anything else.
     """
     numbers = (scale_number, shift_number, lo_number, hi_number)
-    return _out_of_place(x, (scale, shift, lo, hi), numbers, channels_last)
+    steps = Program(program, vectors, (tensor_0, tensor_1))
+    return _out_of_place(x, (scale, shift, lo, hi), numbers, channels_last, steps)
 
 
 @triton_op("fused_post::epilogue_", mutates_args={"x"})
@@ -372,9 +430,14 @@ def epilogue_(
     shift_number: float = 0.0,
     lo_number: float | None = None,
     hi_number: float | None = None,
+    program: str = "",
+    vectors: torch.Tensor | None = None,
+    tensor_0: torch.Tensor | None = None,
+    tensor_1: torch.Tensor | None = None,
 ) -> None:
     """``epilogue``, written over x. An x neither contiguous nor channels_last goes through a contiguous copy."""
-    _in_place(x, (scale, shift, lo, hi), (scale_number, shift_number, lo_number, hi_number))
+    steps = Program(program, vectors, (tensor_0, tensor_1))
+    _in_place(x, (scale, shift, lo, hi), (scale_number, shift_number, lo_number, hi_number), steps)
 
 
 @triton_op("fused_post::turned", mutates_args=())
@@ -390,5 +453,5 @@ def turned(x: torch.Tensor, after: torch.Tensor | None, channels_last: bool) -> 
     if not runs_kernel(x) or bool(is_channels_last(x)) == channels_last or out.numel() == 0:
         return out.copy_(x)
     config = choose_config(True, out.numel() * out.dtype.itemsize)
-    _launch_transpose(out, x, Coefficients((after, None, None, None), (0.0,) * 4, (False,) * 4), config)
+    _launch_transpose(out, x, Coefficients((after, None, None, None), (0.0,) * 4, (False,) * 4), config, NO_PROGRAM)
     return out

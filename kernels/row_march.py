@@ -1,5 +1,7 @@
 """y = min(max(a * conv_transpose(x, w) + b, lo), hi), for weights that fit in shared memory: a march along rows of x.
 
+Behind that, a ``program``, as in ``conv_transpose``.
+
 Along one dimension tap k carries input i to output o = stride*i - padding + k. With u = o + padding, input i reaches
 u = stride*i + k for k < kernel: the first ``stride`` of these no later input reaches, the other kernel - stride wait
 for the inputs to come. So a program takes a strip, BLOCK_P columns of x, and walks down its rows:
@@ -33,20 +35,24 @@ from fusion_backend.kernels.coefficients import Coefficients, apply_coefficients
 from fusion_backend.kernels.gate import EVERYTHING, Gate, passes_gate, store_bits
 from fusion_backend.kernels.launching import takes_long_offsets, unit_of
 from fusion_backend.kernels.problem import Problem
+from fusion_backend.kernels.program import (
+    NO_PROGRAM,
+    Program,
+    append,
+    apply_program,
+    load_tensors,
+    load_vectors,
+    tensors_of,
+)
 from fusion_backend.kernels.strips import Config, March, along_d, block_k_of, three_sizes, turned
 from fusion_backend.kernels.tf32 import round_to_tf32, rounded_to_tf32
-
-
-@triton.jit
-def _append(values, value):
-    return values + (value,)  # noqa: RUF005 Triton has no stars
 
 
 @triton.jit
 def _zeros(COUNT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     accs = ()
     for _ in tl.static_range(COUNT):
-        accs = _append(accs, tl.zeros((BLOCK_P, BLOCK_C), tl.float32))
+        accs = append(accs, tl.zeros((BLOCK_P, BLOCK_C), tl.float32))
     return accs
 
 
@@ -82,7 +88,7 @@ def _x_tiles(
                 here = here & (tl.arange(0, BLOCK_K) < C_IN)[None, :]
             shifted = at + (shift_m * per_middle + shift_w) * PER_PIXEL
             x = tl.load(xs_ptr[None, :] + shifted[:, None], mask=here, other=0.0)
-            xs = _append(xs, rounded_to_tf32(x) if TF32 else x)
+            xs = append(xs, rounded_to_tf32(x) if TF32 else x)
     return xs
 
 
@@ -139,6 +145,10 @@ def _store_row(
     known,
     phases,
     gates,
+    vectors,
+    tensor_0_ptr,
+    tensor_1_ptr,
+    PROGRAM: tl.constexpr,
     STRIDE: tl.constexpr,
     GROWTH: tl.constexpr,
     PER_OUT: tl.constexpr,
@@ -156,13 +166,18 @@ def _store_row(
         if LAST:
             mask = here[:, None]
             y_ptr = (out_ptr + channel_at)[None, :] + pixel_at[:, None]
+            offset = channel_at[None, :] + pixel_at[:, None]
             known_here = known[None, :]
         else:
             mask = here[None, :]
             y_ptr = (out_ptr + channel_at)[:, None] + pixel_at[None, :]
+            offset = channel_at[:, None] + pixel_at[None, :]
             known_here = known[:, None]
         if not ALL_KNOWN:
             mask = mask & known_here
+        if tensors_of(PROGRAM) > 0:
+            tensors = load_tensors(tensor_0_ptr, tensor_1_ptr, offset, mask, PROGRAM)
+            y = apply_program(y, vectors, tensors, PROGRAM).to(out_ptr.dtype.element_ty)
         tl.store(y_ptr, y, mask=mask)
         if bits_ptr is not None:
             passing = _joined(gates, e, JOINED, LAST)
@@ -182,6 +197,9 @@ def _row_march_kernel(
     shift_ptr,
     lo_ptr,
     hi_ptr,
+    vectors_ptr,
+    tensor_0_ptr,
+    tensor_1_ptr,
     N,
     D,
     H,
@@ -199,6 +217,7 @@ def _row_march_kernel(
     LO_OPEN: tl.constexpr,
     HI_OPEN: tl.constexpr,
     PASSES_NAN: tl.constexpr,
+    PROGRAM: tl.constexpr,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
     X_LAST: tl.constexpr,
@@ -261,11 +280,14 @@ def _row_march_kernel(
     shift = load_coefficient(shift_ptr, shift, clamped, None, None)
     lo = load_coefficient(lo_ptr, lo, clamped, None, None)
     hi = load_coefficient(hi_ptr, hi, clamped, None, None)
+    # Tensors of a program are read where y is written, and in that order; so then the program runs there.
+    LATE: tl.constexpr = tensors_of(PROGRAM) > 0
+    vectors = load_vectors(vectors_ptr, clamped if OUT_LAST or not LATE else clamped.trans(), None, None, PROGRAM)
 
     ws = ()
     for tap in tl.static_range(KERNEL_R * KERNEL_M * KERNEL_W):
         w_ptr = weight_ptr + ((tap * TILES_C * BLOCK_C + channel) * BLOCK_K)[None, :] + k[:, None]
-        ws = _append(ws, tl.load(w_ptr))  # [BLOCK_K, BLOCK_C]
+        ws = append(ws, tl.load(w_ptr))  # [BLOCK_K, BLOCK_C]
 
     O_R = (D if ALONG_D else H) * STRIDE_R + (GROWTH_R - STRIDE_R)
     O_M = (H if ALONG_D else D) * STRIDE_M + (GROWTH_M - STRIDE_M)
@@ -340,10 +362,11 @@ def _row_march_kernel(
                         acc = apply_coefficients(acc, scale, shift, lo, hi, HAS_SCALE, HAS_SHIFT, False, False)
                         if bits_ptr is not None:
                             passing = passes_gate(acc, lo, hi, HAS_LO, HAS_HI, LO_OPEN, HI_OPEN, PASSES_NAN)
-                            gates = _append(gates, passing.to(tl.int8))
+                            gates = append(gates, passing.to(tl.int8))
                         acc = apply_coefficients(acc, scale, shift, lo, hi, False, False, HAS_LO, HAS_HI)
-                        acc = acc.to(out_ptr.dtype.element_ty)
-                    phases = _append(phases, acc)
+                        if not LATE:
+                            acc = apply_program(acc, vectors, (), PROGRAM).to(out_ptr.dtype.element_ty)
+                    phases = append(phases, acc)
 
                 # Masked, since the pipeliner takes no branch between the products.
                 if r < STRIDE_R:
@@ -363,6 +386,10 @@ def _row_march_kernel(
                         known,
                         phases,
                         gates,
+                        vectors,
+                        tensor_0_ptr,
+                        tensor_1_ptr,
+                        PROGRAM,
                         STRIDE_W,
                         GROWTH_W,
                         PER_OUT,
@@ -394,10 +421,12 @@ def launch(
     coefficients: Coefficients,
     bits: torch.Tensor | None = None,
     gate: Gate = EVERYTHING,
+    program: Program = NO_PROGRAM,
 ) -> None:
     """Fill ``out`` from ``x``, both dense, that is contiguous or channels_last, and from what ``pack`` returns.
 
-    ``bits`` are filled too where they are given, for which ``strips.why_no_bits`` must have nothing to say.
+    ``bits`` are filled too where they are given, for which ``strips.why_no_bits`` must have nothing to say; then there
+    is no program. For a program with tensors, ``strips.has_room`` must hold.
     """
     if out.numel() == 0:
         return
@@ -414,6 +443,8 @@ def launch(
         x,
         packed,
         *coefficients.tensors,
+        program.vectors,
+        *program.tensors,
         N,
         D,
         H,
@@ -423,6 +454,7 @@ def launch(
         *coefficients.numbers,
         *coefficients.present,
         *(gate.lo_open, gate.hi_open, gate.passes_nan),
+        PROGRAM=program.text,
         C_IN=problem.C_in,
         C_OUT=problem.C_out,
         X_LAST=problem.x_last,

@@ -175,6 +175,13 @@ def shared_memory(problem: Problem, config: Config) -> int:
     return weight + x + y + BARRIERS
 
 
+def has_room(problem: Problem, config: Config, tensors: int) -> bool:
+    """For tiles of so many tensors of the output's shape: a step's outputs, for each row of x that is in flight."""
+    steps = math.prod(axis.stride for axis in problem.axes)
+    tile = steps * config.pixels * config.channels * problem.dtype.itemsize
+    return shared_memory(problem, config) + tensors * tile * (config.num_stages - 1) <= problem.shared_limit
+
+
 def _registers(problem: Problem, config: Config) -> int:
     """A measure of what a thread needs: accumulators, the output, x, the addresses of narrow loads and of products."""
     threads = 32 * config.num_warps

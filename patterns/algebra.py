@@ -90,14 +90,18 @@ class NormalForm:
         return (self.scale != 1.0) + (self.shift != 0.0) + bounded + len(co.formulas(*self.coefficients))
 
     def __str__(self) -> str:
-        y = co.times(co.text(self.scale), "x")
+        return f"y = {self.text('x')}"
+
+    def text(self, x: str) -> str:
+        """The right side of the equation, with ``x`` as the name of the value."""
+        y = co.times(co.text(self.scale), x)
         if self.shift != 0.0:
             y = co.plus(y, co.text(self.shift))
         if self.lo != -math.inf:
             y = f"max({y}, {co.text(self.lo)})"
         if self.hi != math.inf:
             y = f"min({y}, {co.text(self.hi)})"
-        return f"y = {y}"
+        return y
 
 
 def apply(form: NormalForm, step: Step) -> NormalForm | Refusal:

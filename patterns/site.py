@@ -1,5 +1,8 @@
 """A site: a transposed convolution and the longest run of affine and clamp operations behind it.
 
+What comes behind that run, activations and values with several users, is its ``program``: kernels of ours take it,
+everything else leaves it as it is.
+
 The walk goes down from the convolution as long as the value has one user and the algebra can fold what that user does.
 An in-place operation leaves the names its value had before: ``y.add_(1); y.relu()`` reads the convolution's node twice,
 and both readers see one value. So the walk carries the set of nodes that name the value, and an in-place user may stand
@@ -10,7 +13,7 @@ such as the gradient's, ends the tail before it: the rewrite moves the tail's op
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -20,6 +23,7 @@ from fusion_backend.patterns.barrier import is_barrier
 from fusion_backend.patterns.convolution import Convolution, read_convolution
 from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.operand import read_vector
+from fusion_backend.patterns.program import Program, read_program
 from fusion_backend.patterns.source import Miss, is_tensor, needs_gradient, same_shape, value_of
 from fusion_backend.patterns.steps import read_steps
 from fusion_backend.patterns.vocabulary import Call, read_call, word
@@ -37,6 +41,8 @@ class Site:
     ``biased``  the same from the convolution's value without its bias; equal to ``form`` where it has none
     ``gate``    where the gradient passes; None where no gradient flows through the site
     ``end``     why the tail goes no further
+    ``program`` what is done to the tail's result behind it, by steps of other kinds; None where that is nothing, and
+                where a gradient flows
     """
 
     convolution: Convolution
@@ -47,6 +53,14 @@ class Site:
     biased: NormalForm
     gate: Gate | None
     end: Miss
+    program: Program | None = None
+
+    @property
+    def whole(self) -> Site:
+        """The site with the nodes of its program in the tail, for what replaces all of them."""
+        if self.program is None:
+            return self
+        return replace(self, tail=(*self.tail, *self.program.nodes), aliases=self.program.aliases)
 
     @property
     def is_shorter_folded(self) -> bool:
@@ -104,7 +118,8 @@ def match(node: fx.Node, bare: bool = False) -> Site | Miss:
     if isinstance(form, Refusal) or isinstance(biased, Refusal):
         raise AssertionError(f"{walk.steps} were folded one by one, but not together")
     gate = walk.gate if walk.trains else None
-    return Site(convolution, tuple(walk.tail), tuple(walk.names), tuple(walk.steps), form, biased, gate, end)
+    program = None if walk.trains else read_program(convolution, walk.names, walk.last)
+    return Site(convolution, tuple(walk.tail), tuple(walk.names), tuple(walk.steps), form, biased, gate, end, program)
 
 
 class _Walk:
@@ -119,6 +134,10 @@ class _Walk:
         self.gate = Gate()
         self.trains = needs_gradient(convolution.value)
 
+    @property
+    def last(self) -> fx.Node:
+        return self.tail[-1] if self.tail else self.convolution.node
+
     def down(self) -> Miss:
         order = {node: i for i, node in enumerate(self.convolution.node.graph.nodes)}
         while True:
@@ -127,7 +146,7 @@ class _Walk:
                 return end
 
     def _step(self, order: dict[fx.Node, int]) -> Miss | None:
-        here = self.tail[-1] if self.tail else self.convolution.node
+        here = self.last
         users = sorted({user for name in self.names for user in name.users} - set(self.tail), key=order.__getitem__)
         if not users:
             return Miss("nothing uses its value", here, word(here))

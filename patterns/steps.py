@@ -24,6 +24,8 @@ from fusion_backend.patterns.vocabulary import Call
 def read_steps(call: Call, names: list[fx.Node], convolution: Convolution) -> list[Step] | str:
     """The steps of ``call`` on the value that ``names`` name, or why it cannot be folded."""
     arguments = call.arguments
+    if call.row.activation or call.operation in ("detach", "clone"):
+        return "not an affine or clamp operation"
     if call.operation == "batch_norm":
         return _batch_norm(arguments, names, convolution)
     places = [place for place, argument in arguments.items() if argument in names]

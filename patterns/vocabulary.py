@@ -2,13 +2,14 @@
 
 One row per operation: its parameters in torch's order, and its spellings. A name is the method (``x.add``), the
 in-place method (``x.add_``), the function (``torch.add``), and the ATen operator (``aten.add.Tensor``,
-``aten.add_.Scalar``, ...) of that name; functions under other names and Python's operators are listed.
+``aten.add_.Scalar``, ...) of that name; functions under other names and Python's operators are listed. Activations are
+rows of ``activations``.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,20 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fusion_backend.patterns.activations import ACTIVATIONS
+from fusion_backend.patterns.operation import Operation
 from fusion_backend.patterns.source import aten_name, attribute
-
-
-@dataclass(frozen=True)
-class Operation:
-    """A row of the vocabulary. ``parameters`` beyond ``positional`` are keyword-only in Python, not in ATen."""
-
-    name: str
-    parameters: tuple[str, ...]
-    names: tuple[str, ...]
-    positional: int = 2
-    functions: tuple[Callable[..., Any], ...] = ()
-    in_place_functions: tuple[Callable[..., Any], ...] = ()
-
 
 _STATISTICS = ("running_mean", "running_var", "training", "momentum", "eps")
 
@@ -48,25 +38,35 @@ OPERATIONS = (
     Operation("clamp_max", ("input", "max"), ("clamp_max",)),
     Operation("minimum", ("input", "other"), ("minimum", "min")),
     Operation("maximum", ("input", "other"), ("maximum", "max")),
-    Operation("relu", ("input", "inplace"), ("relu",), 2, (F.relu,)),
-    Operation("relu6", ("input", "inplace"), ("relu6",), 2, (F.relu6,)),
-    Operation("hardtanh", ("input", "min_val", "max_val", "inplace"), ("hardtanh",), 4, (F.hardtanh,), (F.hardtanh_,)),
+    Operation("relu", ("input", "inplace"), ("relu",), 2, (F.relu,), module=nn.ReLU),
+    Operation("relu6", ("input", "inplace"), ("relu6",), 2, (F.relu6,), module=nn.ReLU6),
+    Operation(
+        "hardtanh", ("input", "min_val", "max_val", "inplace"), ("hardtanh",), 4, (F.hardtanh,), (F.hardtanh_,),
+        module=nn.Hardtanh,
+    ),
     Operation("batch_norm", ("input", "weight", "bias", *_STATISTICS, "cudnn_enabled"), ("batch_norm",), 9),
     Operation(
         "batch_norm", ("input", "running_mean", "running_var", "weight", "bias", *_STATISTICS[2:]), (), 8,
         (F.batch_norm,),
     ),
+    Operation("detach", ("input",), ("detach",), 1),
+    Operation("clone", ("input",), ("clone",), 1),
+    *ACTIVATIONS,
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Call:
-    """``node`` applies ``operation`` to ``arguments`` (by parameter name), in place or not."""
+    """``node`` applies the operation of ``row`` to ``arguments`` (by parameter name), in place or not."""
 
     node: fx.Node
-    operation: str
+    row: Operation
     arguments: dict[str, Any] = field(default_factory=dict)
     in_place: bool = False
+
+    @property
+    def operation(self) -> str:
+        return self.row.name
 
     def writes_to(self, names: Sequence[fx.Node]) -> bool:
         """Whether it updates, in place, the value that ``names`` name."""
@@ -89,7 +89,7 @@ def read_call(node: fx.Node) -> Call | None:
             return None
         arguments[name] = value
     in_place = bool(arguments.pop("inplace", False)) or in_place
-    return Call(node, row.name, arguments, in_place)
+    return Call(node, row, arguments, in_place)
 
 
 def word(node: fx.Node) -> str:
@@ -105,6 +105,8 @@ def _find(node: fx.Node) -> tuple[Operation | None, bool, bool]:
     """The row of ``node``'s target, whether the spelling is in place, and whether it is ATen's."""
     if node.op == "call_method":
         name = str(node.target)
+        if name.startswith("__"):  # as before torch 2.13 Dynamo writes abs(x)
+            return _BY_NAME.get(name.strip("_")), False, False
         return _BY_NAME.get(name.removesuffix("_")), name.endswith("_"), False
     name = aten_name(node.target)
     if name:
@@ -116,12 +118,12 @@ def _find(node: fx.Node) -> tuple[Operation | None, bool, bool]:
 
 def _read_module(node: fx.Node) -> Call | None:
     module = attribute(node.graph.owning_module, str(node.target))
-    if type(module) not in (nn.ReLU, nn.ReLU6, nn.Hardtanh) or module._forward_hooks or module._forward_pre_hooks:
+    row = _BY_MODULE.get(type(module))
+    if row is None or module._forward_hooks or module._forward_pre_hooks:
         return None
     arguments: dict[str, Any] = {"input": node.args[0] if node.args else node.kwargs["input"]}
-    if type(module) is nn.Hardtanh:
-        arguments |= {"min_val": module.min_val, "max_val": module.max_val}
-    return Call(node, type(module).__name__.lower(), arguments, module.inplace)
+    arguments |= {name: getattr(module, name) for name in row.parameters[1:] if name != "inplace"}
+    return Call(node, row, arguments, getattr(module, "inplace", False))
 
 
 def _functions() -> dict[Any, tuple[Operation, bool]]:
@@ -136,5 +138,6 @@ def _functions() -> dict[Any, tuple[Operation, bool]]:
     return table
 
 
+_BY_MODULE: dict[type, Operation] = {row.module: row for row in OPERATIONS if row.module is not None}
 _BY_NAME = {name: row for row in OPERATIONS for name in row.names}
 _BY_FUNCTION = _functions()

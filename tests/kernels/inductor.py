@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import triton
 
-from tests.kernels.compiling import CHIPS, Launch, compile_launch
+from tests.kernels.compiling import CHIPS, Compiled, Launch, compile_launch
 
 
 def written_to(launch: Launch) -> list[str]:
@@ -24,6 +24,12 @@ def written_to(launch: Launch) -> list[str]:
 
 def assert_written_out_again(launch: Launch, folder: Path) -> None:
     """Inductor copies a kernel's source, and what that refers to, into a module of its own: it compiles to the same."""
+    ours, theirs = written_out_again(launch, folder)
+    assert theirs == ours
+
+
+def written_out_again(launch: Launch, folder: Path) -> tuple[Compiled, Compiled]:
+    """What the kernel compiles to, and what the copy does."""
     wrapper = pytest.importorskip("torch._inductor.codegen.wrapper")
     source = wrapper.user_defined_triton_kernel_transitive_closure_source_code(launch.kernel)
     path = folder / "again.py"
@@ -32,5 +38,4 @@ def assert_written_out_again(launch: Launch, folder: Path) -> None:
     again = module_from_spec(spec)
     spec.loader.exec_module(again)
     copy = Launch(getattr(again, launch.kernel.__name__), launch.grid, launch.arguments, launch.options)
-    ours, theirs = (compile_launch(each, CHIPS["sm_90"]) for each in (launch, copy))
-    assert theirs == ours
+    return compile_launch(launch, CHIPS["sm_90"]), compile_launch(copy, CHIPS["sm_90"])

@@ -5,6 +5,7 @@ functions in a namespace of their own, in which every ``@triton.jit`` function i
 run, Triton is as it was before.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType, SimpleNamespace
@@ -27,7 +28,9 @@ def interpreted(module: ModuleType) -> SimpleNamespace:
 def _twin(module: ModuleType) -> dict[str, Any]:
     namespace: dict[str, Any] = dict(vars(module))
     for name, value in vars(module).items():
-        if isinstance(value, JITFunction):
+        if isinstance(value, JITFunction) and value.__module__ != module.__name__:
+            namespace[name] = _twin(sys.modules[value.__module__])[value.__name__]
+        elif isinstance(value, JITFunction):
             namespace[name] = _Interpreted(_rebind(value.fn, namespace))
         elif isinstance(value, FunctionType) and value.__module__ == module.__name__:
             namespace[name] = _rebind(value, namespace)

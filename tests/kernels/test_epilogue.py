@@ -468,11 +468,12 @@ def test_mistakes_are_named(args: tuple[Any, ...], kwargs: dict[str, Any], error
 def test_the_operators_have_the_agreed_schemas() -> None:
     tensors = "Tensor? scale=None, Tensor? shift=None, Tensor? lo=None, Tensor? hi=None"
     numbers = "float scale_number=1., float shift_number=0., float? lo_number=None, float? hi_number=None"
+    program = 'str program="", Tensor? vectors=None, Tensor? tensor_0=None, Tensor? tensor_1=None'
     assert str(torch.ops.fused_post.epilogue.default._schema) == (
-        f"fused_post::epilogue(Tensor x, {tensors}, {numbers}, bool? channels_last=None) -> Tensor"
+        f"fused_post::epilogue(Tensor x, {tensors}, {numbers}, bool? channels_last=None, {program}) -> Tensor"
     )
     assert str(torch.ops.fused_post.epilogue_.default._schema) == (
-        f"fused_post::epilogue_(Tensor(a0!) x, {tensors}, {numbers}) -> ()"
+        f"fused_post::epilogue_(Tensor(a0!) x, {tensors}, {numbers}, {program}) -> ()"
     )
 
 

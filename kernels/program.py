@@ -1,0 +1,311 @@
+"""What a tail does behind its first normal form: a list of instructions, which is a compile-time constant of kernels.
+
+Written as text, one instruction a value, and the last value is the result. v0 is what the first normal form gives:
+
+    sigmoid v0                  v1 = sigmoid(v0): an activation, with its parameters behind the value
+    mul v0 v1                   v2 = v0 * v1: add, sub, mul, div, minimum or maximum of two values
+    add v2 t0                   v3 = v2 + t0: a tensor of the result's shape in the place of a value
+    affine v3 2.0 0.5 - c0      v4 = min(max(2*v3 + 0.5, lo), hi) with hi = c0 and no lo: a normal form, "-" is none
+
+and in one line "sigmoid v0; mul v0 v1; add v2 t0; affine v3 2.0 0.5 - c0". A parameter is a number or, as c0, c1, ...,
+a column of ``vectors``, float32 [C, k]: one value per channel. t0 and t1 are read where the result is written. Text
+because Inductor writes constants of a kernel out by ``repr``, and because Triton takes no text inside of tuples; a
+compiled kernel reads it by ``triton.constexpr_function``.
+
+Everything is computed in fp32, in the order that is written; NaN goes through. Without instructions a kernel is what it
+is without a program.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from fusion_backend.kernels.activations import ACTIVATIONS, activate
+from fusion_backend.kernels.coefficients import apply_coefficients, load_coefficient
+from fusion_backend.kernels.coefficients import reference as normal_form
+from fusion_backend.kernels.layout import empty, is_channels_last
+
+BINARY: dict[str, Callable[..., torch.Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "minimum": torch.minimum,
+    "maximum": torch.maximum,
+}
+Tensors = tuple[torch.Tensor | None, torch.Tensor | None]
+AFFINE = ("scale", "shift", "lo", "hi")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """``name`` applied to these values, "v0", "t0", ... A parameter is a number, a column of vectors, or None."""
+
+    name: str
+    values: tuple[str, ...]
+    parameters: tuple[float | str | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """The text, the vectors that it names (or None), and the tensors."""
+
+    text: str = ""
+    vectors: torch.Tensor | None = None
+    tensors: Tensors = (None, None)
+
+
+NO_PROGRAM = Program()
+
+
+def check_program(program: Program, C: int, device: torch.device) -> None:
+    """Raise ValueError or TypeError where the text is not what is described above, or the rest does not fit to it.
+
+    Of the tensors it is checked that they are there; see ``laid_out_as``.
+    """
+    text, vectors = program.text, program.vectors
+    instructions = parse(text)
+    named = {value for each in instructions for value in each.values if value[0] == "t"}
+    given = {f"t{i}" for i, tensor in enumerate(program.tensors) if tensor is not None}
+    if named != given or named == {"t1"}:
+        raise ValueError(f"program {text!r} names {sorted(named)}, given are {sorted(given)}; allowed is t0 before t1")
+    columns = {p for each in instructions for p in each.parameters if isinstance(p, str)}
+    count = 1 + max((int(column[1:]) for column in columns), default=-1)
+    if vectors is None and count:
+        raise ValueError(f"program {text!r} names {sorted(columns)}; allowed are numbers where vectors is None")
+    if vectors is None:
+        return
+    if tuple(vectors.shape) != (C, count) or count == 0:
+        raise ValueError(f"vectors has shape {tuple(vectors.shape)}; allowed for program {text!r} is {(C, count)}")
+    if vectors.dtype != torch.float32:
+        raise TypeError(f"vectors has dtype {vectors.dtype}; allowed is {torch.float32}")
+    if vectors.device != device:
+        raise ValueError(f"vectors is on {vectors.device}; allowed is x's device, {device}")
+    if not vectors.is_contiguous():
+        raise ValueError(f"vectors has strides {vectors.stride()}; allowed is contiguous: call .contiguous() on it")
+
+
+def laid_out_as(out: torch.Tensor, program: Program) -> Program:
+    """The program with its tensors in the layout of ``out``, which is dense: what is not is copied.
+
+    Raises ValueError where one is not of out's shape, dtype and device.
+    """
+
+    def laid_out(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        if tensor.dtype != out.dtype or tensor.device != out.device or tuple(tensor.shape) != tuple(out.shape):
+            raise ValueError(
+                f"a tensor of program {program.text!r} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; "
+                f"allowed is what the result is, {out.dtype} {tuple(out.shape)} on {out.device}"
+            )
+        last = bool(is_channels_last(out))
+        is_dense = (tensor.movedim(1, -1) if last else tensor).is_contiguous()
+        return tensor if is_dense else empty(out.shape, out, last).copy_(tensor)
+
+    return replace(program, tensors=(laid_out(program.tensors[0]), laid_out(program.tensors[1])))
+
+
+def parse(text: str) -> tuple[Instruction, ...]:
+    return tuple(_parse(line, number) for number, line in enumerate(text.split("; "))) if text else ()
+
+
+def _parse(line: str, known: int) -> Instruction:
+    """An instruction behind which ``known`` others, and so values up to v<known>, stand."""
+    name, *words = line.split(" ")
+    if name in BINARY:
+        values, parameters = 2, 0
+    elif name == "affine":
+        values, parameters = 1, len(AFFINE)
+    elif name in ACTIVATIONS:
+        values, parameters = 1, len(ACTIVATIONS[name].parameters)
+    else:
+        allowed = sorted((*BINARY, "affine", *ACTIVATIONS))
+        raise ValueError(f"program has the instruction {line!r}; allowed are {', '.join(allowed)}")
+    if len(words) != values + parameters:
+        raise ValueError(
+            f"program has {line!r}; allowed behind {name} are {values} value(s), {parameters} parameter(s)"
+        )
+    return Instruction(
+        name,
+        tuple(_value(line, word, known, name in BINARY) for word in words[:values]),
+        tuple(_parameter(line, word) for word in words[values:]),
+    )
+
+
+def _value(line: str, word: str, known: int, or_tensor: bool) -> str:
+    if or_tensor and word in ("t0", "t1"):
+        return word
+    if word[:1] != "v" or not word[1:].isdigit() or int(word[1:]) > known:
+        or_tensors = ", and t0 and t1 for tensors" if or_tensor else ""
+        raise ValueError(f"program has {word!r} in {line!r}; allowed are values from v0 to v{known}{or_tensors}")
+    return word
+
+
+def _parameter(line: str, word: str) -> float | str | None:
+    if word == "-" and line.startswith("affine "):
+        return None
+    if word[:1] == "c" and word[1:].isdigit():
+        return word
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"program has {word!r} in {line!r}; allowed are finite numbers, and c0, c1, ... for vectors")
+    return number
+
+
+def reference(x: torch.Tensor, program: Program) -> torch.Tensor:
+    """The same in plain PyTorch, on the value [N, C, *spatial] of the first normal form, which is not rounded yet."""
+    values = {f"t{i}": tensor.to(x.dtype) for i, tensor in enumerate(program.tensors) if tensor is not None}
+    y = values["v0"] = x
+    for number, each in enumerate(parse(program.text), 1):
+        inputs = [values[value] for value in each.values]
+        parameters = [_column(p, program, x) if isinstance(p, str) else p for p in each.parameters]
+        if each.name in BINARY:
+            y = BINARY[each.name](*inputs)
+        elif each.name == "affine":
+            y = normal_form(inputs[0], *parameters)
+        else:
+            y = ACTIVATIONS[each.name].meaning(*inputs, *(_spread(p, x) for p in parameters))
+        values[f"v{number}"] = y
+    return y
+
+
+def _column(name: str, program: Program, x: torch.Tensor) -> torch.Tensor:
+    assert program.vectors is not None
+    return program.vectors[:, int(name[1:])].to(x.dtype)
+
+
+def _spread(parameter: torch.Tensor | float | None, x: torch.Tensor) -> torch.Tensor | float | None:
+    return parameter.view(-1, *(1,) * (x.dim() - 2)) if isinstance(parameter, torch.Tensor) else parameter
+
+
+@triton.constexpr_function
+def _instructions(program):
+    return len(program.split("; ")) if program else 0
+
+
+@triton.constexpr_function
+def _columns(program):
+    words = program.replace(";", "").split(" ")
+    return 1 + max([int(word[1:]) for word in words if word[:1] == "c" and word[1:].isdigit()] + [-1])
+
+
+@triton.constexpr_function
+def tensors_of(program):
+    """How many of t0 and t1 a program names."""
+    words = program.replace(";", "").split(" ")
+    return 2 if "t1" in words else 1 if "t0" in words else 0
+
+
+@triton.constexpr_function
+def _word(program, instruction, position):
+    """The word there; "" behind the last one."""
+    words = program.split("; ")[instruction].split(" ")
+    return words[position] if position < len(words) else ""
+
+
+@triton.constexpr_function
+def _index(word):
+    return int(word[1:])
+
+
+@triton.constexpr_function
+def _number(word):
+    return float(word)
+
+
+@triton.jit
+def append(values, value):
+    return values + (value,)  # noqa: RUF005 Triton has no stars
+
+
+@triton.jit
+def load_vectors(vectors_ptr, channel, next_channel, beyond, PROGRAM: tl.constexpr):
+    """The columns of the vectors that a program names, at a tile's channels (see ``load_coefficient``)."""
+    COLUMNS: tl.constexpr = _columns(PROGRAM)
+    if beyond is not None:
+        next_channel = next_channel * COLUMNS
+    vectors = ()
+    for column in tl.static_range(COLUMNS):
+        vector = load_coefficient(vectors_ptr + column, 0.0, channel * COLUMNS, next_channel, beyond)
+        vectors = append(vectors, vector)
+    return vectors
+
+
+@triton.jit
+def load_tensors(tensor_0_ptr, tensor_1_ptr, offset, exists, PROGRAM: tl.constexpr):
+    """A tile of each tensor that a program names, ``offset`` being that of the same tile in the result."""
+    tensors = ()
+    if tensors_of(PROGRAM) > 0:
+        tensors = append(tensors, tl.load(tensor_0_ptr + offset, mask=exists).to(tl.float32))
+    if tensors_of(PROGRAM) > 1:
+        tensors = append(tensors, tl.load(tensor_1_ptr + offset, mask=exists).to(tl.float32))
+    return tensors
+
+
+@triton.jit
+def _value_of(values, tensors, WORD: tl.constexpr):
+    if WORD[0] == "t":
+        value = tensors[_index(WORD)]
+    else:
+        value = values[_index(WORD)]
+    return value
+
+
+@triton.jit
+def _parameter_of(vectors, WORD: tl.constexpr):
+    if WORD == "" or WORD == "-":
+        value = 0.0
+    elif WORD[0] == "c":
+        value = vectors[_index(WORD)]
+    else:
+        value = _number(WORD)
+    return value
+
+
+@triton.jit
+def _run(values, vectors, tensors, PROGRAM: tl.constexpr, INSTRUCTION: tl.constexpr):
+    NAME: tl.constexpr = _word(PROGRAM, INSTRUCTION, 0)
+    SECOND: tl.constexpr = _word(PROGRAM, INSTRUCTION, 2)
+    x = _value_of(values, tensors, _word(PROGRAM, INSTRUCTION, 1))
+    if NAME == "add":
+        y = x + _value_of(values, tensors, SECOND)
+    elif NAME == "sub":
+        y = x - _value_of(values, tensors, SECOND)
+    elif NAME == "mul":
+        y = x * _value_of(values, tensors, SECOND)
+    elif NAME == "div":
+        y = x / _value_of(values, tensors, SECOND)
+    elif NAME == "minimum":
+        y = tl.minimum(x, _value_of(values, tensors, SECOND), propagate_nan=tl.PropagateNan.ALL)
+    elif NAME == "maximum":
+        y = tl.maximum(x, _value_of(values, tensors, SECOND), propagate_nan=tl.PropagateNan.ALL)
+    else:
+        THIRD: tl.constexpr = _word(PROGRAM, INSTRUCTION, 3)
+        FOURTH: tl.constexpr = _word(PROGRAM, INSTRUCTION, 4)
+        FIFTH: tl.constexpr = _word(PROGRAM, INSTRUCTION, 5)
+        p = _parameter_of(vectors, SECOND)
+        q = _parameter_of(vectors, THIRD)
+        r = _parameter_of(vectors, FOURTH)
+        if NAME == "affine":
+            hi = _parameter_of(vectors, FIFTH)
+            y = apply_coefficients(x, p, q, r, hi, SECOND != "-", THIRD != "-", FOURTH != "-", FIFTH != "-")
+        else:
+            y = activate(x, p, q, r, NAME)
+    return y
+
+
+@triton.jit
+def apply_program(x, vectors, tensors, PROGRAM: tl.constexpr):
+    """The program's last value, from a tile of v0; the rest as ``load_vectors`` and ``load_tensors`` return them."""
+    values = (x.to(tl.float32),)
+    for instruction in tl.static_range(_instructions(PROGRAM)):
+        values = append(values, _run(values, vectors, tensors, PROGRAM, instruction))
+    return values[_instructions(PROGRAM)]

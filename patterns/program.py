@@ -1,0 +1,319 @@
+"""What a tail does behind its first normal form: activations, further normal forms, and products and sums of values.
+
+    v0 = the first normal form, v1 = sigmoid(v0), v2 = v0*v1, v3 = min(max(2*v2 + 1, 0), 6), ...
+
+The walk goes down the graph node by node and numbers the values that it makes. Unlike in the first run of affine and
+clamp operations a value may have several users here, as in x*sigmoid(x), provided that all of them are in the tail: it
+ends at the last value of which that is true. Names are as in ``site``: an operation in place renames what its memory
+holds, ``detach`` names it once more, and what writes to other memory, or may, ends the tail before it.
+
+A tensor of the convolution's shape, dtype and strides, a residual or a mask, may stand in the place of the other
+value: at most two for a site.
+
+An affine or clamp operation is folded into the normal form that made its input, whoever else reads that: its value
+depends on the input of that form alone. What nobody reads is left out in the end.
+
+Nothing is read where a gradient flows: there a normal form is all that a backward knows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fusion_backend.patterns import algebra
+from fusion_backend.patterns import coefficient as co
+from fusion_backend.patterns.algebra import LARGEST, NormalForm, Refusal, Scale, Step
+from fusion_backend.patterns.barrier import is_barrier
+from fusion_backend.patterns.coefficient import Coefficient
+from fusion_backend.patterns.convolution import Convolution
+from fusion_backend.patterns.operand import label, read_operand, read_vector
+from fusion_backend.patterns.source import Miss, is_tensor, needs_gradient, same_shape, value_of
+from fusion_backend.patterns.steps import read_steps
+from fusion_backend.patterns.vocabulary import Call, read_call, word
+
+MOST_TENSORS = 2
+BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/", "minimum": "min", "maximum": "max"}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """v<i+1> = ``name``(values of these numbers, parameters), as the i-th of a program.
+
+    ``name``        an activation, an operation of ``BINARY``, or "affine": then the parameters are scale, shift, lo and
+                    hi of a normal form
+    ``values``      -1 and -2 are the program's tensors
+    ``parameters``  each a coefficient, or None where a normal form has none
+    """
+
+    name: str
+    values: tuple[int, ...]
+    parameters: tuple[Coefficient | None, ...] = ()
+
+    def text(self, tensors: tuple[fx.Node, ...]) -> str:
+        """How a report prints it; v0 is y."""
+        x = [label(tensors[-1 - value]) if value < 0 else f"v{value}" if value else "y" for value in self.values]
+        if self.name == "affine":
+            numbers = (1.0, 0.0, -math.inf, math.inf)
+            form = [n if c is None else c for c, n in zip(self.parameters, numbers, strict=True)]
+            return NormalForm(*form).text(x[0])
+        if self.name in ("minimum", "maximum"):
+            return f"{BINARY[self.name]}({x[0]}, {x[1]})"
+        if self.name in BINARY:
+            return f"{x[0]} {BINARY[self.name]} {x[1]}" if self.name in ("add", "sub") else BINARY[self.name].join(x)
+        return f"{self.name}({', '.join([*x, *(co.text(p) for p in self.parameters if p is not None)])})"
+
+
+@dataclass(frozen=True)
+class Program:
+    """The nodes behind the first run, first to last, and what they do to its value.
+
+    ``aliases``  the nodes that name the result
+    ``tensors``  those of the convolution's shape that it reads
+    ``end``      why the tail goes no further
+    """
+
+    nodes: tuple[fx.Node, ...]
+    aliases: tuple[fx.Node, ...]
+    instructions: tuple[Instruction, ...]
+    tensors: tuple[fx.Node, ...]
+    end: Miss
+
+    def __str__(self) -> str:
+        return "; ".join(f"v{i} = {each.text(self.tensors)}" for i, each in enumerate(self.instructions, 1))
+
+
+def read_program(convolution: Convolution, names: list[fx.Node], last: fx.Node) -> Program | None:
+    """What comes behind ``last``, at which the value has these ``names``; None where that is nothing."""
+    walk = _Walk(convolution, names, last)
+    end = walk.down()
+    if not walk.closed:
+        return None
+    count, value, aliases = walk.closed[-1]
+    instructions, tensors = walk.instructions(value)
+    if not instructions:
+        return None
+    if count < len(walk.nodes):
+        node = walk.nodes[count - 1]
+        end = Miss(f"its value is also read by what is no step: {end.reason}", node, word(node))
+    return Program(tuple(walk.nodes[:count]), aliases, instructions, tensors, end)
+
+
+IDENTITY = NormalForm()
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What makes a value: an instruction, or a normal form of the value ``base``, whose own form is the identity."""
+
+    base: int
+    form: NormalForm = IDENTITY
+    instruction: Instruction | None = None
+
+
+class _Walk:
+    """``nodes`` have been read; each of the nodes in ``number`` names a value, and lies in the memory ``memory``."""
+
+    def __init__(self, convolution: Convolution, names: list[fx.Node], last: fx.Node):
+        self.convolution = convolution
+        self.last = last
+        self.nodes: list[fx.Node] = []
+        self.tensors: list[fx.Node] = []
+        self.values = [_Value(0)]
+        self.number = dict.fromkeys(names, 0)
+        self.memory = dict.fromkeys(names, 0)
+        self.closed: list[tuple[int, int, tuple[fx.Node, ...]]] = []  # nodes read, the value, its names
+
+    def down(self) -> Miss:
+        node = self.last.next
+        while node.op != "output":
+            read = any(name in self.number for name in node.all_input_nodes)
+            if not read and is_barrier(node):
+                return Miss("it may write to what the tail reads, or changes a mode", node, word(node))
+            miss = self._read(node) if read else None
+            if miss is not None:
+                return miss
+            node = node.next
+        return Miss("the value leaves the graph", node, word(node))
+
+    def instructions(self, value: int) -> tuple[tuple[Instruction, ...], tuple[fx.Node, ...]]:
+        """Those that ``value`` is made of, and the tensors that they read, numbered anew."""
+        numbers: dict[int, int] = {0: 0}
+        result: list[Instruction] = []
+        tensors: list[fx.Node] = []
+
+        def number(value: int) -> int:
+            if value < 0:
+                tensor = self.tensors[-1 - value]
+                tensors.extend([tensor] if tensor not in tensors else [])
+                return -1 - tensors.index(tensor)
+            made = self.values[value]
+            if made.instruction is None and made.form == IDENTITY:
+                return number(made.base) if value else 0
+            if value in numbers:
+                return numbers[value]
+            each = made.instruction or Instruction("affine", (made.base,), _parameters(made.form))
+            result.append(Instruction(each.name, tuple(map(number, each.values)), each.parameters))
+            numbers[value] = len(result)
+            return numbers[value]
+
+        number(value)
+        return tuple(result), tuple(tensors)
+
+    def _read(self, node: fx.Node) -> Miss | None:
+        call = read_call(node)
+        if call is None:
+            return Miss("no step of a tail", node, word(node))
+        places = [name for name, each in call.arguments.items() if isinstance(each, fx.Node) and each in self.number]
+        if {call.arguments[place] for place in places} != {n for n in node.all_input_nodes if n in self.number}:
+            return Miss("no step of a tail", node, word(node))
+        if call.in_place and call.arguments.get("input") not in self.number:
+            return Miss("it writes to another tensor", node, word(node))
+        before, after = self.convolution.value, value_of(node)
+        if not is_tensor(after) or after.dtype != before.dtype or not same_shape(after.shape, before.shape):
+            return Miss("its result differs from the convolution's in shape or dtype", node, word(node))
+        if needs_gradient(after):
+            return Miss("a gradient flows through it", node, word(node))
+        made = self._made(call, places)
+        if isinstance(made, str):
+            return Miss(made, node, word(node))
+        self._name(node, call, made)
+        return None
+
+    def _made(self, call: Call, places: list[str]) -> _Value | str:
+        """The value that ``call`` makes, or why it is no step."""
+        inputs = [self.number[call.arguments[place]] for place in places]
+        if call.operation in ("detach", "clone"):
+            return _Value(inputs[0])
+        if len(places) == 2 and call.operation in (*BINARY, "rsub"):
+            return self._binary(call)
+        if call.row.activation:
+            return "the value is not its input" if places != ["input"] else self._activation(call, inputs[0])
+        if len(places) != 1:
+            return "it combines more values than two"
+        steps = read_steps(call, [call.arguments[places[0]]], self.convolution)
+        if not isinstance(steps, str):
+            return self._folded(inputs[0], steps)
+        beside = call.arguments.get("other" if places == ["input"] else "input")
+        if not isinstance(beside, fx.Node) or not self._is_like_the_result(beside):
+            return steps
+        if call.operation not in (*BINARY, "rsub"):
+            return steps
+        return self._with_tensor(call, inputs[0], beside, places == ["input"])
+
+    def _binary(self, call: Call) -> _Value | str:
+        """input ± alpha * other and the like; rsub is other - alpha * input."""
+        names = ("other", "input") if call.operation == "rsub" else ("input", "other")
+        x, y = (self.number[call.arguments[name]] for name in names)
+        alpha = call.arguments.get("alpha", 1)
+        if call.arguments.get("rounding_mode") is not None:
+            return f"rounding_mode={call.arguments['rounding_mode']!r} is no step"
+        if not isinstance(alpha, (int, float)):
+            return "alpha is not a constant number"
+        if alpha != 1:
+            scaled = self._folded(y, [Scale(float(alpha))])
+            if isinstance(scaled, str):
+                return scaled
+            self.values.append(scaled)
+            y = len(self.values) - 1
+        return _made_by("sub" if call.operation == "rsub" else call.operation, x, y)
+
+    def _is_like_the_result(self, operand: fx.Node) -> bool:
+        """A tensor of the convolution's shape, dtype, device and strides."""
+        known, value = value_of(operand), self.convolution.value
+        if not isinstance(known, torch.Tensor) or not isinstance(value, torch.Tensor):
+            return False
+        alike = (known.dtype, known.device) == (value.dtype, value.device)
+        return alike and same_shape(known.shape, value.shape) and same_shape(known.stride(), value.stride())
+
+    def _with_tensor(self, call: Call, x: int, tensor: fx.Node, value_first: bool) -> _Value | str:
+        if call.arguments.get("rounding_mode") is not None:
+            return f"rounding_mode={call.arguments['rounding_mode']!r} is no step"
+        if call.arguments.get("alpha", 1) != 1:
+            return "alpha beside a tensor of the result's shape"
+        if tensor not in self.tensors:
+            self.tensors.append(tensor)
+        if len(self.tensors) > MOST_TENSORS:
+            return f"it is the third tensor of the result's shape, and {MOST_TENSORS} are read at most"
+        y = -1 - self.tensors.index(tensor)
+        if call.operation == "rsub":
+            value_first = not value_first
+        return _made_by("sub" if call.operation == "rsub" else call.operation, *((x, y) if value_first else (y, x)))
+
+    def _activation(self, call: Call, x: int) -> _Value | str:
+        given = {name: value for name, value in call.arguments.items() if name != "input"}
+        varies = any(isinstance(value, fx.Node) for value in given.values())
+        if varies and call.operation not in ("prelu", "leaky_relu"):
+            return "its parameters vary between calls"
+        assert call.row.activation is not None
+        step = call.row.activation(**given)
+        if isinstance(step, str):
+            return step
+        name, *parameters = step
+        read = [self._parameter(parameter) for parameter in parameters]
+        for parameter in read:
+            if isinstance(parameter, str):
+                return parameter
+        return _Value(0, instruction=Instruction(name, (x,), tuple(read)))  # type: ignore[arg-type]
+
+    def _parameter(self, parameter: Any) -> Coefficient | str:
+        """PReLU's weight is [C] or one element."""
+        value, dim = self.convolution.value, self.convolution.channel_dim
+        known: Any = value_of(parameter) if isinstance(parameter, fx.Node) else None
+        if is_tensor(known) and len(known.shape) == 1 and not same_shape(known.shape, (1,)):
+            if dim != 1 or not same_shape(known.shape, (value.shape[1],)):
+                return f"a parameter of shape {tuple(known.shape)} is not one value per channel"
+            return read_vector(parameter)
+        read = read_operand(parameter, value, dim)
+        if isinstance(read, float) and not abs(read) <= LARGEST:
+            return f"a parameter of {read} is not finite in float32"
+        return read
+
+    def _folded(self, x: int, steps: list[Step]) -> _Value | str:
+        """``steps`` behind the form that made x; where algebra refuses these together, behind x itself."""
+        made = self.values[x]
+        together = _fold(made.form, steps) if made.instruction is None else None
+        if isinstance(together, NormalForm):
+            return _Value(made.base, together)
+        alone = _fold(IDENTITY, steps)
+        return alone.reason if isinstance(alone, Refusal) else _Value(x, alone)
+
+    def _name(self, node: fx.Node, call: Call, made: _Value) -> None:
+        source: Any = call.arguments.get("input")
+        if call.operation == "detach":
+            self.number[node], self.memory[node] = self.number[source], self.memory[source]
+        else:
+            self.values.append(made)
+            new = len(self.values) - 1
+            self.memory[node] = self.memory[source] if call.in_place else new
+            renamed = [name for name in self.number if call.in_place and self.memory[name] == self.memory[node]]
+            self.number.update(dict.fromkeys([*renamed, node], new))
+        self.nodes.append(node)
+        names = tuple(name for name in self.number if self.memory[name] == self.memory[node])
+        others = [name for name in self.number if name not in names]
+        if all(user in self.number for name in others for user in name.users):
+            self.closed.append((len(self.nodes), self.number[node], names))
+
+
+def _made_by(name: str, *values: int) -> _Value:
+    return _Value(0, instruction=Instruction(name, values))
+
+
+def _fold(form: NormalForm, steps: list[Step]) -> NormalForm | Refusal:
+    for step in steps:
+        folded = algebra.apply(form, step)
+        if isinstance(folded, Refusal):
+            return folded
+        form = folded
+    return form
+
+
+def _parameters(form: NormalForm) -> tuple[Coefficient | None, ...]:
+    """None for the coefficients that are the identity's."""
+    identities: Iterator[float] = iter((1.0, 0.0, -math.inf, math.inf))
+    return tuple(None if c == identity else c for c, identity in zip(form.coefficients, identities, strict=True))

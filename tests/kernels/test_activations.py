@@ -1,0 +1,108 @@
+"""Every row of the table: its derivative against autograd, and its Triton form against its meaning."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+from fusion_backend.kernels import epilogue
+from fusion_backend.kernels.activations import ACTIVATIONS
+from fusion_backend.kernels.program import Program
+from tests.kernels.activations import line, parameters_of
+from tests.kernels.implementations import every
+from tests.kernels.interpreting import interpreted
+
+# NumPy, which interprets, speaks of every overflow and NaN.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+every_activation = pytest.mark.parametrize("name", ACTIVATIONS)
+
+EAGER: dict[str, Any] = {
+    "elu": lambda x, alpha, scale, input_scale: torch.ops.aten.elu(x, alpha, scale, input_scale),
+    "leaky_relu": F.leaky_relu,
+    "softplus": F.softplus,
+    "softsign": F.softsign,
+}
+
+# Also -0.0, what underflows, both sides of each threshold, and where exp overflows.
+SPECIAL = (
+    0.0, -0.0, 1e-30, -1e-30, 1e-8, -1e-8, 1e-4, -1e-4, 0.1, -0.1, 0.24, 0.26, 0.29, 0.31, -0.29, -0.31, 0.49, -0.49,
+    0.51, -0.51, 0.62, -0.62, 0.63, -0.63, 1.0, -1.0, 3.0, -3.0, 6.0, -6.0, 9.0, -9.0, 19.9, 20.1, -20.0, 50.0, -50.0,
+    100.0, -100.0, 1e10, -1e10, math.inf, -math.inf, math.nan, 0.2, 0.3, 0.4, 0.7,
+)  # fmt: skip
+
+
+def values() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.cat([torch.tensor(SPECIAL), 3 * torch.randn(160), torch.linspace(-8, 8, 112)]).view(1, 4, 80)
+
+
+def test_every_parameter_is_tested() -> None:
+    for name, activation in ACTIVATIONS.items():
+        assert all(len(each) == len(activation.parameters) for each in parameters_of(name)), name
+
+
+@every_activation
+def test_the_meaning_is_eagers(name: str) -> None:
+    eager = EAGER.get(name, ACTIVATIONS[name].meaning)
+    for dtype in (torch.float32, torch.float64):
+        for parameters in parameters_of(name):
+            x = values().to(dtype)
+            torch.testing.assert_close(
+                ACTIVATIONS[name].meaning(x, *parameters), eager(x, *parameters), equal_nan=True, rtol=1e-5, atol=1e-7
+            )
+
+
+@every_activation
+def test_the_derivative_is_autograds(name: str) -> None:
+    for parameters in parameters_of(name):
+        x = values().double().flatten()
+        x = x[x.isfinite() & (x.abs() < 1e4)].requires_grad_()
+        eager = EAGER.get(name, ACTIVATIONS[name].meaning)
+        (expected,) = torch.autograd.grad(eager(x, *parameters).sum(), x)
+        derivative = ACTIVATIONS[name].derivative(x.detach(), *parameters)
+        torch.testing.assert_close(derivative, expected, equal_nan=True, rtol=1e-7, atol=1e-9)  # eager's 1/6 is a float
+
+
+def in_interpreter(x: torch.Tensor, program: str, vectors: torch.Tensor | None = None) -> torch.Tensor:
+    return interpreted(epilogue)._out_of_place(x, (None,) * 4, (1.0, 0.0, None, None), None, Program(program, vectors))
+
+
+def on_gpu(x: torch.Tensor, program: str, vectors: torch.Tensor | None = None) -> torch.Tensor:
+    vectors = None if vectors is None else vectors.cuda()
+    return torch.ops.fused_post.epilogue(x.cuda(), program=program, vectors=vectors).cpu()
+
+
+@every(interpreter=in_interpreter, gpu=on_gpu)
+@every_activation
+def test_the_kernels_form_has_the_accuracy_of_eager(name: str, run: Any) -> None:
+    """Element by element, NaN and infinities included; the fast exp is off by |x| times a rounding."""
+    for parameters in parameters_of(name):
+        x = values()
+        y = run(x, line(name, parameters))
+        exact = ACTIVATIONS[name].meaning(x.double(), *parameters)
+        torch.testing.assert_close(y, exact.float(), equal_nan=True, rtol=2e-5, atol=1e-6)
+        eager = ACTIVATIONS[name].meaning(x, *parameters)
+        finite = exact.isfinite() & eager.isfinite() & (x.abs() < 1e4)
+        ours, theirs = ((each.double() - exact)[finite].square().mean().sqrt() for each in (y, eager))
+        assert ours <= 2 * theirs + 1e-6
+
+
+@every(interpreter=in_interpreter, gpu=on_gpu)
+@pytest.mark.parametrize("name", [name for name, row in ACTIVATIONS.items() if row.parameters])
+def test_a_parameter_may_differ_by_channel(name: str, run: Any) -> None:
+    x = values()
+    rows = [(parameters_of(name) * 4)[channel] for channel in range(4)]
+    vectors = torch.tensor(rows)
+    words = " ".join(f"c{column}" for column in range(vectors.shape[1]))
+    y = run(x, f"{name} v0 {words}", vectors)
+    for channel, parameters in enumerate(rows):
+        expected = ACTIVATIONS[name].meaning(x[:, channel].double(), *parameters).float()
+        torch.testing.assert_close(y[:, channel], expected, equal_nan=True, rtol=2e-5, atol=1e-6)
+    half = run(x.bfloat16(), f"{name} v0 {words}", vectors)
+    expected = ACTIVATIONS[name].meaning(x.bfloat16().float(), *(v.view(-1, 1) for v in vectors.unbind(1))).bfloat16()
+    torch.testing.assert_close(half, expected, equal_nan=True)
