@@ -40,6 +40,8 @@ RELAID_IN_TRAINING = (
 LEARNED_SCALE = "its scale is learned, and without the convolution's value the gradient of that takes a convolution"
 RELU_ALONE = "its result, which the next operation keeps, tells where the gradient of a relu passes"
 
+NO_WAY = "its residual would have to become channels_last"
+
 ALONE = Surroundings()
 
 
@@ -55,6 +57,9 @@ class Choice:
     training: bool = False
     plan: str | None = None  # of the fused kernel: the name of a measured one, or None for the operator's own rule
     relayout: bool = False  # a contiguous site becomes channels_last
+    program: bool = (
+        True  # the fused kernel takes what the site has of one, too; else Inductor gets it, in a pass of its own
+    )
     folds: bool = True  # where Inductor keeps the site, it gets the tail's normal form if that is shorter
 
 
@@ -93,7 +98,12 @@ def _auto(site: Site, options: Options, around: Surroundings, problem: str | Non
     relayout = is_relaid(site, around)
     if relayout is None:
         return _inductor(site, f"no kernel of ours is taken: {UNKNOWN_LAYOUT}", saves)
-    found = measured_plan(site, options, relayout)
+    program = site.program is None or taken(site, "fused", relayout).program is not None
+    found = measured_plan(site, options, relayout) if program else NO_WAY
+    if site.program is not None:
+        bare = measured_plan(replace(site, program=None), options, relayout, left=True)
+        if isinstance(found, str) or (isinstance(bare, Prediction) and bare.speedup > found.speedup):
+            found, program = bare, False
     if isinstance(found, str):
         return _inductor(site, found, saves)
     if options.measures:
@@ -105,7 +115,9 @@ def _auto(site: Site, options: Options, around: Surroundings, problem: str | Non
         return _inductor(site, f"the fused kernel is {faster}", saves)
     packed = f"{found.packed_bytes / 1024:.0f} KiB for the packed weight"
     layout = ", in channels_last like the convolutions beside it" if relayout else ""
-    return Choice("fused", f"{faster}, by {found.plan}{layout}; {packed}", plan=found.plan, relayout=relayout)
+    behind = "" if program else ", and a pass of Inductor's behind it"
+    why = f"{faster}, by {found.plan}{layout}{behind}; {packed}"
+    return Choice("fused", why, plan=found.plan, relayout=relayout, program=program)
 
 
 def _trained(site: Site, around: Surroundings, problem: str | None, saves: bool) -> Choice:
@@ -157,22 +169,24 @@ def is_relaid(site: Site, around: Surroundings) -> bool | None:
     return around.relayout
 
 
-def measured_plan(site: Site, options: Options, relayout: bool = False) -> Prediction | str:
-    """What the measurements on this site's GPU say of it, those made now included, or why they say nothing."""
+def measured_plan(site: Site, options: Options, relayout: bool = False, left: bool = False) -> Prediction | str:
+    """What the measurements on this site's GPU say of it, those made now included, or why they say nothing.
+
+    ``left``: Inductor does the rest of the tail, in a pass that the peers fuse with theirs.
+    """
     found = problem_of(site, relayout)
     if found is None:
         return "its sizes are not known even roughly"
     problem, shape = found
     device = site.convolution.value.device
     gpu = gpu_name(device)
-    beside = 0.0
-    if relayout:
-        rate = copy_rate(gpu)
-        if rate is None:
-            return (
-                f"it would become channels_last like the convolutions beside it; how fast {gpu} copies is not measured"
-            )
-        beside = _copied_bytes(site, problem, shape) / rate
+    copied = (_copied_bytes(site, problem, shape) if relayout else 0) + (left and 2 * _result_bytes(problem, shape))
+    rate = copy_rate(gpu) if copied else math.inf
+    if rate is None:
+        return (
+            f"it would take copies, as of the convolutions' layout beside it, and how fast {gpu} copies is not measured"
+        )
+    beside = copied / rate
     if options.measures:
         return autotune.measure(problem, shape, device, gpu, options.replayed, beside)
     return predict(problem, shape, gpu, options.replayed, beside)
@@ -184,10 +198,15 @@ def _copied_bytes(site: Site, problem: Problem, shape: tuple[int, ...]) -> int:
     Where these are fused with what stands before and behind, as in a U-Net, there are fewer. A result that leaves the
     graph is turned back, which takes about twice as long as a copy.
     """
-    sizes = (axis.output_size(size) for axis, size in zip(problem.axes[1:], shape[2:], strict=True))
-    result = shape[0] * problem.C_out * problem.groups * math.prod(sizes)
     leaves = any(user.op == "output" for name in site.whole.aliases for user in name.users)
-    return 2 * (math.prod(shape) + (2 if leaves else 1) * result) * problem.dtype.itemsize
+    x = math.prod(shape) * problem.dtype.itemsize
+    return 2 * (x + (2 if leaves else 1) * _result_bytes(problem, shape))
+
+
+def _result_bytes(problem: Problem, shape: tuple[int, ...]) -> int:
+    axes = problem.axes[5 - len(shape) :]
+    sizes = (axis.output_size(size) for axis, size in zip(axes, shape[2:], strict=True))
+    return shape[0] * problem.C_out * problem.groups * math.prod(sizes) * problem.dtype.itemsize
 
 
 def problem_of(site: Site, relayout: bool = False) -> tuple[Problem, tuple[int, ...]] | None:
@@ -210,12 +229,13 @@ def problem_of(site: Site, relayout: bool = False) -> tuple[Problem, tuple[int, 
     return replace(problem, positions=shape[0] * math.prod(spans), hopper=hopper), shape
 
 
-def taken(site: Site, kernel: str | None, relayout: bool = False) -> Site:
+def taken(site: Site, kernel: str | None, relayout: bool = False, program: bool = True) -> Site:
     """The site as a kernel takes it: with its program's nodes in the tail, or without a program.
 
     A residual of a site that becomes channels_last would have to as well, in a pass of its own.
     """
-    if kernel not in ("fused", "epilogue") or (relayout and site.program is not None and site.program.tensors):
+    residual = relayout and site.program is not None and bool(site.program.tensors)
+    if kernel not in ("fused", "epilogue") or residual or not program:
         return replace(site, program=None)
     return site.whole
 

@@ -68,7 +68,7 @@ def _describe(decision: Decision) -> SiteReport:
     if isinstance(found, Miss):
         return SiteReport(False, None, found.reason, "", source_line(node), _convolution(node))
     assert choice is not None, "a site always has a choice"
-    site = taken(found, choice.kernel, choice.relayout)
+    site = taken(found, choice.kernel, choice.relayout, choice.program)
     equation = f"{site.biased}; {site.program}" if site.program else str(site.biased)
     reason = f"{choice.why} (the tail ends at {(site.program or site).end.reason})"
     lines = dict.fromkeys(line for line in map(source_line, (node, *site.tail)) if line)

@@ -52,14 +52,15 @@ def use_epilogue(site: Site) -> bool:
     return True
 
 
-def use_fused(site: Site, plan: str | None = None, relayout: bool = False) -> bool:
+def use_fused(site: Site, plan: str | None = None, relayout: bool = False, program: bool = True) -> bool:
     """Replace convolution, bias and tail by the operator ``fused_post::conv_transpose``, which takes ``plan``.
 
-    ``relayout``: by way of channels_last. What is read and what is returned keep their strides.
+    ``relayout``: by way of channels_last. What is read and what is returned keep their strides. ``program``: the
+    operator takes the site's, where it has one.
     """
     from fusion_backend.kernels import conv_transpose  # noqa: F401  the import registers the operator, and needs triton
 
-    site = taken(site, "fused", relayout)
+    site = taken(site, "fused", relayout, program)
     readers = _readers(site)
     with _inserting(site):
         last, allow_tf32 = layout_of(site.convolution.value)

@@ -94,6 +94,28 @@ def test_the_ways_in_which_users_run_models(how: str) -> None:
             torch.testing.assert_close(compiled(x), model(x), **tolerance)
 
 
+@pytest.mark.usefixtures("on_h200")
+@pytest.mark.parametrize("rate", [1e11, 1e8], ids=["fast copies", "slow copies"])
+def test_a_program_is_left_to_inductor_where_a_plan_without_one_is_so_much_faster(
+    monkeypatch: pytest.MonkeyPatch, rate: float
+) -> None:
+    """In float32 a volume's weight does not fit the march, but that on Hopper, which takes no programs."""
+    monkeypatch.setattr(problem, "is_hopper", lambda device: True)
+    monkeypatch.setattr(choice, "copy_rate", lambda gpu: rate)
+    conv = nn.ConvTranspose3d(32, 16, 3, 2, 1).to(memory_format=torch.channels_last_3d).eval()
+    x = torch.randn(16, 32, 16, 32, 32).to(memory_format=torch.channels_last_3d)
+
+    def model(x: Tensor) -> Tensor:
+        return conv(x).clamp(-1).tanh()
+
+    with torch.no_grad():
+        (site,) = explain(model, x).sites
+    assert site.kernel == "fused"
+    taken = rate == 1e8
+    assert ("tanh" in site.equation) == taken
+    assert ("hopper" in site.reason and "a pass of Inductor's behind it" in site.reason) == (not taken)
+
+
 class Among(nn.Module):
     """A site among ordinary convolutions, whose layout Inductor chooses."""
 

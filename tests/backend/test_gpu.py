@@ -92,7 +92,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         counts["hopper"] += 1
         return launch(*args)
 
-    def measured_plan(site: Any, options: Any, relayout: bool = False) -> evidence.Prediction | str:
+    def measured_plan(site: Any, options: Any, relayout: bool = False, left: bool = False) -> evidence.Prediction | str:
         problem, _ = choice.problem_of(site, relayout)
         plan = next((plan for plan in plans_for(problem) if plan.is_hopper), None)
         return evidence.Prediction(plan.name, 2.0, "none", 0) if plan else "no such plan"
