@@ -123,6 +123,21 @@ ACTIVATIONS = {
 
 
 @triton.jit
+def _exp(x):
+    """2^n * exp(r), with Cephes' polynomial for exp(r): the fast exp is off by |x| times a rounding."""
+    n = tl.minimum(tl.maximum(tl.floor(x * 1.4426950408889634 + 0.5), -252.0), 252.0)
+    r = x - n * 0.693359375 + n * 2.12194440e-4
+    p = 8.3334519073e-3 + r * (1.3981999507e-3 + r * 1.9875691500e-4)
+    p = 0.50000001201 + r * (1.6666665459e-1 + r * (4.1665795894e-2 + r * p))
+    # Two powers, since 2^n itself may be no float.
+    half = tl.floor(n * 0.5)
+    low = ((half.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    high = (((n - half).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    y = (1 + r * (1 + r * p)) * low * high
+    return tl.where(x > 88.73, float("inf"), tl.where(x < -104.0, 0.0, y))
+
+
+@triton.jit
 def _expm1(x):
     series = 1 + x * (
         1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320))))))
@@ -164,7 +179,7 @@ def activate(x, p, q, r, NAME: tl.constexpr):
     elif NAME == "erf":
         y = tl.erf(x)
     elif NAME == "exp":
-        y = tl.exp(x)
+        y = _exp(x)
     elif NAME == "gelu":
         y = x * 0.5 * (1 + tl.erf(x * 0.7071067811865476))
     elif NAME == "gelu_tanh":
