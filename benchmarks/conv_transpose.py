@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -215,7 +216,9 @@ class Row:
             fused = torch.compile(self.model, backend=backend(), fullgraph=True, dynamic=False, options=options)
             contenders["fused_post"] = lambda: fused(self.x)
             if plans != "few":
-                graphed = torch.compile(self.model, backend=backend(), fullgraph=True, dynamic=False, options=options)
+                # A module of its own: Dynamo would find the other's code, compiled with another plan.
+                twin = copy.deepcopy(self.model)
+                graphed = torch.compile(twin, backend=backend(), fullgraph=True, dynamic=False, options=options)
                 contenders["fused_post in CUDA graphs"] = lambda: self.replayed(graphed)
         for name in inductor:
             # Without CUDA graphs of their own, since every contender is run as one.
