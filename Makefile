@@ -42,7 +42,7 @@ types: $(READY)  ## mypy
 
 test-gpu: $(READY)  ## the tests that need a GPU; PY=python3 where nothing can be installed
 	@$(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is False")'
-	$(PY) -m pytest -m gpu -n $(WORKERS) $(ARGS)
+	$(PY) -m pytest -m gpu -n $(WORKERS) --dist worksteal -v --tb short $(ARGS)
 
 bench: $(READY)  ## benchmarks on this machine's GPU, data into benchmarks/results; PY=python3 as above
 	@status=0; for script in epilogue conv_transpose sites training kernelbench models; do $(PY) -m benchmarks.$$script || status=1; done; exit $$status
