@@ -88,7 +88,9 @@ def test_the_kernels_form_has_the_accuracy_of_eager(name: str, run: Any) -> None
         torch.testing.assert_close(y, exact.float(), equal_nan=True, rtol=2e-5, atol=1e-6)
         eager = ACTIVATIONS[name].meaning(x, *parameters)
         finite = exact.isfinite() & eager.isfinite() & (x.abs() < 1e4)
-        ours, theirs = ((each.double() - exact)[finite].square().mean().sqrt() for each in (y, eager))
+        # In units of the value where that is above one, lest the largest exp be all that counts.
+        units = exact.abs().clamp(min=1)
+        ours, theirs = (((each.double() - exact) / units)[finite].square().mean().sqrt() for each in (y, eager))
         assert ours <= 2 * theirs + 1e-6
 
 
