@@ -31,7 +31,13 @@ USES = (
 
 
 def launch_of(
-    conv: Conv, dtype: torch.dtype, x_last: bool, out_last: bool, chip: str, config: Config | None = None
+    conv: Conv,
+    dtype: torch.dtype,
+    x_last: bool,
+    out_last: bool,
+    chip: str,
+    config: Config | None = None,
+    with_bits: bool = False,
 ) -> tuple[Launch, Problem] | None:
     """The launch with a shift for each channel and two bounds, as on ``chip``; None where ``config`` does not fit."""
     with on_chip(chip):
@@ -43,7 +49,8 @@ def launch_of(
         shift = torch.empty(conv.C_out, device="cuda")
         given = coefficients_for(out, (None, shift, None, None), (1.0, 0.0, 0.0, 0.5))
         packed = row_march.pack(weight, problem, march.config)
-        (launch,) = record_launches(row_march, lambda: row_march.launch(out, x, packed, problem, march, given))
+        bits = (torch.empty(out.numel() // 8, dtype=torch.uint8, device="cuda"),) if with_bits else ()
+        (launch,) = record_launches(row_march, lambda: row_march.launch(out, x, packed, problem, march, given, *bits))
     return launch, problem
 
 
@@ -108,6 +115,16 @@ def test_what_the_public_cases_get(name: str, dtype: torch.dtype, last: bool, ch
     if found is None:
         pytest.skip(f"the march does not take {name} in {dtype} on {chip}")
     assert not list(problems(compile_launch(found[0], CHIPS[chip]), *found, chip))
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_bits_of_a_gate_spill_nothing(dtype: torch.dtype, last: bool, chip: str) -> None:
+    launch, _ = launch_of(PUBLIC["seed"], dtype, last, last, chip, with_bits=True)
+    compiled = compile_launch(launch, CHIPS[chip])
+    assert compiled.spills == 0
+    assert sorted(compiled.stores) == [8, 128]
 
 
 @pytest.mark.parametrize(

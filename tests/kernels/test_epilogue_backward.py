@@ -21,7 +21,7 @@ from fusion_backend.kernels.gate import pack, unpack
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.matrix import CONFIGS, Config, tiling_for
 from fusion_backend.kernels.rounding import cdiv
-from tests.kernels.compiling import record_launches
+from tests.kernels.compiling import CHIPS, compile_launch, on_chip, record_launches
 from tests.kernels.implementations import DTYPES, Value, every, every_device
 from tests.kernels.interpreting import interpreted
 from tests.kernels.layouts import is_laid_out, laid_out
@@ -497,3 +497,16 @@ def test_inductor_launches_the_kernel_without_python(channels_last: bool, dynami
         for code in codes:
             assert "_backward_kernel_0.run(" in code
             assert "torch.ops.fused_post" not in code
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_turning_spills_nothing_and_reads_and_writes_whole_vectors(dtype: torch.dtype, chip: str) -> None:
+    with on_chip(chip):
+        grad = empty((128, 64, 256, 256), torch.empty(0, dtype=dtype, device="cuda"), False)
+        bits = torch.empty(grad.numel() // 8, dtype=torch.uint8, device="cuda")
+        scale = torch.empty(64, device="cuda")
+        (launch,) = record_launches(turned, lambda: turned.launch_turned(grad, bits, scale, 1.0, True, True))
+    compiled = compile_launch(launch, CHIPS[chip])
+    assert compiled.spills == 0
+    assert max(compiled.loads) == max(compiled.stores) == 128
