@@ -12,7 +12,7 @@ import contextlib
 import functools
 import logging
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ import torch._inductor
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fusion_backend.cache_key import cache_key_tag
 from fusion_backend.evidence import Prediction, counted, ranked
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.plans import Plan, choose_plan, plans_for
@@ -35,45 +36,77 @@ MOST_PLANS = 6
 ROUNDS = 15
 CACHE_BYTES = 256 * 2**20  # more than any GPU's cache holds
 
-_known: dict[Any, Prediction | str] = {}
+# Milliseconds of every contender by its name, or why they could not be measured.
+_known: dict[Any, dict[str, float] | str] = {}
 
 
 def measure(
-    problem: Problem, shape: tuple[int, ...], device: torch.device, gpu: str, replayed: bool, beside: float = 0.0
+    alone: Problem,
+    problem: Problem,
+    shape: tuple[int, ...],
+    device: torch.device,
+    gpu: str,
+    replayed: bool,
+    beside: float = 0.0,
 ) -> Prediction | str:
     """The fastest plan for an x of ``shape``, and its speed in units of Inductor's; or why it could not be measured.
 
+    ``alone`` is the convolution as it is measured; ``problem`` has those of its plans that the site can take.
     ``replayed`` and ``beside`` are as for ``predict``.
     """
-    key = (problem, shape, gpu, device.index, replayed, beside)
+    key = (alone, shape, gpu, device.index)
     if key not in _known:
         try:
-            _known[key] = _measure(problem, shape, device, gpu, replayed, beside)
-        except Exception as raised:  # whatever compiling or a full GPU raises: the site can go to Inductor
+            _known[key] = _measure(alone, shape, device, gpu)
+        except torch.OutOfMemoryError as raised:  # another time there may be room
+            log.warning("there is no memory for measuring a transposed convolution, Inductor takes it: %s", raised)
+            return "there is no memory for measuring"
+        except Exception as raised:  # whatever compiling raises: the site can go to Inductor
             log.warning("measuring a transposed convolution failed, Inductor takes it: %s", raised, exc_info=True)
             _known[key] = f"measuring failed: {type(raised).__name__}"
-    return _known[key]
+    times = _known[key]
+    if isinstance(times, str):
+        return times
+    plans = [plan for plan in plans_for(problem) if plan.name in times]
+    if not plans:
+        return "no plan of ours that fits here was measured"
+    counts = {plan: counted(plan, times[plan.name], replayed) for plan in plans}
+    best = min(counts, key=counts.__getitem__)
+    speedup = times[INDUCTOR] / (counts[best] + beside)
+    return Prediction(best.name, speedup, "itself", best.packed_bytes(problem))
 
 
-def _measure(
-    problem: Problem, shape: tuple[int, ...], device: torch.device, gpu: str, replayed: bool, beside: float
-) -> Prediction:
+def _measure(problem: Problem, shape: tuple[int, ...], device: torch.device, gpu: str) -> dict[str, float]:
     plans = candidates(problem, shape, gpu)
+    with measuring(device):
+        times = timed(contenders(problem, shape, device, plans))
+    log.info("%s on %s: %s", shape, gpu, ", ".join(f"{name} {ms:.4f} ms" for name, ms in times.items()))
+    return times
+
+
+@contextlib.contextmanager
+def measuring(device: torch.device) -> Iterator[None]:
+    """Outside of the graph that is being compiled, whatever mode its compilation is in."""
     with contextlib.ExitStack() as stack:
         for context in (
-            torch._guards.tracing(None),  # of the graph that is being compiled
+            torch._guards.tracing(None),
             _disable_current_modes(),
             torch.no_grad(),
             torch.autocast(device.type, enabled=False),
             torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(),
+            torch.compiler.config.patch(cache_key_tag=cache_key_tag()),  # type: ignore[attr-defined]
         ):
             stack.enter_context(context)
-        times = timed(contenders(problem, shape, device, plans))
-    log.info("%s on %s: %s", shape, gpu, ", ".join(f"{name} {ms:.4f} ms" for name, ms in times.items()))
-    counts = {plan: counted(plan, times[plan.name], replayed) for plan in plans if plan.name in times}
-    best = min(counts, key=counts.__getitem__)
-    speedup = times[INDUCTOR] / (counts[best] + beside)
-    return Prediction(best.name, speedup, "itself", best.packed_bytes(problem))
+        yield
+
+
+@functools.cache
+def copy_rate(device: torch.device, size: int = 2**28) -> float:
+    """Bytes read and written in a millisecond by a copy."""
+    with measuring(device):
+        source = torch.zeros(size, dtype=torch.int8, device=device)
+        target = torch.empty_like(source)
+        return 2 * size / timed({"copy": lambda: target.copy_(source)})["copy"]
 
 
 def candidates(problem: Problem, shape: tuple[int, ...], gpu: str) -> list[Plan]:

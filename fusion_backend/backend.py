@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +14,10 @@ from torch._dynamo.exc import RestartAnalysis
 
 from fusion_backend import options as opt
 from fusion_backend import rewrite
+from fusion_backend.cache_key import cache_key_tag
+from fusion_backend.choice import allows_tf32
 from fusion_backend.patterns.site import Site, match
+from fusion_backend.patterns.source import value_of
 from fusion_backend.plan import Decision, make_plan
 from fusion_backend.report import describe
 
@@ -48,8 +48,10 @@ def fused_post(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any)
     if not has_kernels(gm):
         return inductor(gm, example_inputs)
     try:
+        original = fused.original(gm)
         with torch.compiler.config.patch(cache_key_tag=cache_key_tag()):  # type: ignore[attr-defined]
-            return inductor(gm, example_inputs)
+            compiled = inductor(gm, example_inputs)
+        return compiled if original is None else as_long_as_tf32_is_allowed_or_not(compiled, original)
     except RestartAnalysis:
         raise
     except Exception as error:
@@ -70,6 +72,41 @@ class Fused:
     def undo(self) -> None:
         for module, graph in self.originals.items():
             module.graph = graph
+
+    def original(self, gm: fx.GraphModule) -> fx.GraphModule | None:
+        """``gm`` as it was, to run eagerly, where a kernel in it reads the switch for TF32; else None."""
+        reads = any(decision.kernel == "fused" and _is_float32(decision.node) for decision in self.plan)
+        if not reads or set(self.originals) != {gm}:
+            return None
+        return fx.GraphModule(gm, _copy(self.originals[gm]))
+
+
+def as_long_as_tf32_is_allowed_or_not(compiled: Callable[..., Any], original: fx.GraphModule) -> Callable[..., Any]:
+    """``compiled``, whose kernels have the switch for TF32 as it was; where it has changed since, ``original``.
+
+    PyTorch's convolutions read the switch at each call, and Dynamo does not guard it.
+    """
+    allowed = allows_tf32()
+    warned = False
+
+    def run(*args: Any) -> Any:
+        nonlocal warned
+        if allows_tf32() == allowed:
+            return compiled(*args)
+        if not warned:
+            log.warning(
+                "TF32 for convolutions was %s when a model was compiled and is %s now; the model runs uncompiled until "
+                "that is changed back, or until torch._dynamo.reset()",
+                *(("forbidden", "allowed")[i] for i in (allowed, not allowed)),
+            )
+            warned = True
+        return original(*args)
+
+    return run
+
+
+def _is_float32(node: fx.Node) -> bool:
+    return bool(getattr(value_of(node), "dtype", None) == torch.float32)
 
 
 def has_kernels(gm: fx.GraphModule) -> bool:
@@ -127,17 +164,6 @@ def _copy(graph: fx.Graph) -> fx.Graph:
         for name, value in vars(old).items():
             vars(new).setdefault(name, value)
     return duplicate
-
-
-def cache_key_tag() -> str:
-    """The user's, and what our operators are made of: AOTAutograd's cache knows an operator by its name alone."""
-    return f"{torch.compiler.config.cache_key_tag} fused_post {_hash_of_kernels()}".lstrip()
-
-
-@functools.cache
-def _hash_of_kernels() -> str:
-    sources = sorted((Path(__file__).parent / "kernels").glob("*.py"))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def _reset() -> None:

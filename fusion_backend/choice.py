@@ -164,9 +164,13 @@ def _plan_asked_for(site: Site, options: Options, relayout: bool) -> str | None:
 
 def is_relaid(site: Site, around: Surroundings) -> bool | None:
     """Whether a contiguous site among Inductor's convolutions is one that Inductor turns channels_last with them."""
-    if site.convolution.rank != 2 or layout_of(site.convolution.value)[0]:
+    value = site.convolution.value
+    if site.convolution.rank != 2 or layout_of(value)[0]:
         return False
-    return around.relayout
+    one = value.shape[1] == 1 or all(isinstance(size, int) and size == 1 for size in value.shape[-2:])
+    return (
+        None if around.relayout and one else around.relayout
+    )  # what is in both layouts at once has strides of neither
 
 
 def measured_plan(site: Site, options: Options, relayout: bool = False, left: bool = False) -> Prediction | str:
@@ -182,13 +186,17 @@ def measured_plan(site: Site, options: Options, relayout: bool = False, left: bo
     gpu = gpu_name(device)
     copied = (_copied_bytes(site, problem, shape) if relayout else 0) + (left and 2 * _result_bytes(problem, shape))
     rate = copy_rate(gpu) if copied else math.inf
+    if rate is None and options.measures:
+        rate = autotune.copy_rate(device)
     if rate is None:
         return (
             f"it would take copies, as of the convolutions' layout beside it, and how fast {gpu} copies is not measured"
         )
     beside = copied / rate
     if options.measures:
-        return autotune.measure(problem, shape, device, gpu, options.replayed, beside)
+        alone = problem_of(replace(site, program=None), relayout)
+        assert alone is not None, "it has the same sizes"
+        return autotune.measure(alone[0], problem, shape, device, gpu, options.replayed, beside)
     return predict(problem, shape, gpu, options.replayed, beside)
 
 
@@ -252,7 +260,12 @@ def layout_of(value: Any) -> tuple[bool | None, bool]:
     strides are not recorded), and ``allow_tf32``, as the user has it."""
     stride = getattr(value, "stride", None)
     is_last = value.shape[1] != 1 and bool(statically_known_true(stride(1) == 1)) if callable(stride) else None
-    return is_last, torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return is_last, allows_tf32()
+
+
+def allows_tf32() -> bool:
+    """The user's switch for convolutions."""
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 # Which of Dynamo's calls begin a transform that our operators have no rule for.

@@ -50,7 +50,7 @@ def _relayout(module: fx.GraphModule, convolutions: list[fx.Node]) -> bool | Non
     if not convolutions or not torch._inductor.config.layout_optimization:
         return False
     values = [[value_of(each) for each in node.all_input_nodes[:2]] for node in convolutions]
-    if not all(len(pair) == 2 and all(map(is_tensor, pair)) for pair in values):
+    if not all(len(pair) == 2 and all(is_tensor(value) and len(value.shape) == 4 for value in pair) for pair in values):
         return None
     if not all(isinstance(size, int) for pair in values for value in pair for size in value.shape):
         return False  # Inductor leaves layouts alone where sizes vary
@@ -63,5 +63,6 @@ def _is_grouped(node: fx.Node) -> bool:
     """In groups of more than one channel, for which channels_last is slow."""
     x, weight = (value_of(each) for each in node.all_input_nodes[:2])
     transposed = read_convolution(node)
-    groups = transposed.groups if isinstance(transposed, Convolution) else x.shape[1] // weight.shape[1]
-    return weight.shape[1] > 1 and groups > 1
+    if isinstance(transposed, Convolution):
+        return weight.shape[1] > 1 and transposed.groups > 1
+    return weight.shape[1] > 1 and bool(x.shape[1] // weight.shape[1] > 1)

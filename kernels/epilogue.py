@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
@@ -444,8 +445,9 @@ def epilogue_(
 def turned(x: torch.Tensor, after: torch.Tensor | None, channels_last: bool) -> torch.Tensor:
     """``x`` [N, C, *spatial] as a new tensor of its values, contiguous or channels_last, at about a copy's speed.
 
-    ``after``: of at least C elements, on x's device; its values do not matter. What AOTAutograd can compute from the
-    inputs of a model alone it computes in forward, and keeps: a result that waits for a gradient it cannot.
+    ``after``: any tensor on x's device; its values do not matter, and one of fewer than C elements does nothing. What
+    AOTAutograd can compute from the inputs of a model alone it computes in forward, and keeps; not what waits for a
+    gradient.
     """
     if is_channels_last(x) is None:
         x = x.contiguous()
@@ -453,5 +455,7 @@ def turned(x: torch.Tensor, after: torch.Tensor | None, channels_last: bool) -> 
     if not runs_kernel(x) or bool(is_channels_last(x)) == channels_last or out.numel() == 0:
         return out.copy_(x)
     config = choose_config(True, out.numel() * out.dtype.itemsize)
+    if after is not None and not guard_or_false(after.numel() >= x.shape[1]):
+        after = None
     _launch_transpose(out, x, Coefficients((after, None, None, None), (0.0,) * 4, (False,) * 4), config, NO_PROGRAM)
     return out

@@ -210,6 +210,7 @@ class Call:
 # For each kind of call; None where ``conv_transpose`` takes it.
 _calls: dict[Any, Call | None] = {}
 MOST_CALLS = 1024
+UNKNOWN: Any = object()
 
 # Why Gluon is given up for the rest of the process.
 _broken: list[str] = []
@@ -292,17 +293,20 @@ def conv_transpose_hopper(
     axes_of = tuple(tuple(sizes) for sizes in (stride, padding, output_padding, dilation))
     given = (x.shape, x.dtype, x.device, x_last, weight.shape, weight.dtype, weight.device)
     key = (*given, axes_of, channels_last, allow_tf32, plan)
-    if key not in _calls:
-        if len(_calls) == MOST_CALLS:
+    call = _calls.get(key, UNKNOWN)
+    if call is UNKNOWN:
+        if len(_calls) >= MOST_CALLS:
             _calls.clear()
-        _calls[key] = _call(x, weight, axes_of, channels_last, allow_tf32, plan)
-    call = None if _broken else _calls[key]
+        call = _calls[key] = _call(x, weight, axes_of, channels_last, allow_tf32, plan)
+    call = None if _broken else call
     if call is not None and not (x_last and x.data_ptr() % hopper_strips.COPY_BYTES):
         check_coefficients(call.problem.C_out, x.device, tensors)
         out = empty(call.shape, x, channels_last)
         coefficients = coefficients_for(out, tensors, numbers)
         try:
             launch(out, x, packed.contiguous(), call.problem, call.march, coefficients)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as raised:  # an experimental interface: anything may have changed
             _give_up(raised)
         else:

@@ -18,7 +18,11 @@ intermediate is finite. Where a channel's scale is zero behind two bounds, the c
 (also for an infinite x): there a is the smallest normal number, so that a*x cannot be 0*inf. Where a channel's scale is
 zero behind one bound, or a channel is divided by zero, an infinite or a NaN result may be the other of the two.
 
-Rounding: every step rounds once in eager, the normal form at most twice. a*x + b can cancel where the user's order,
+Rounding: numbers are rounded to float32 after every step, as eager rounds the value that stands on a bound, or is zero:
+clamp(min=-0.1)*3 + 0.3 is 0 there, where in float64 it would be -5.6e-17, which has no square root. Those of a float64
+value are not rounded.
+
+Every step rounds once in eager, the normal form at most twice. a*x + b can cancel where the user's order,
 (x + c)*s, does not; but x carries the convolution's own rounding of about half a unit in its last place, and that is
 scaled by the same a, so the sum stays within a small factor of eager's error. The sign of a zero may differ, since
 x + 0 is taken for x.
@@ -26,6 +30,7 @@ x + 0 is taken for x.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -104,22 +109,40 @@ class NormalForm:
         return y
 
 
-def apply(form: NormalForm, step: Step) -> NormalForm | Refusal:
-    """The normal form of ``step`` behind ``form``."""
+def apply(form: NormalForm, step: Step, single: bool = False) -> NormalForm | Refusal:
+    """The normal form of ``step`` behind ``form``. ``single``: the value is computed in float32, and so are numbers."""
+    step = rounded(step, single)
     if isinstance(step, Shift):
         result = _shifted(form, step.amount)
     elif isinstance(step, Scale):
         result = _scaled(form, step.factor)
     else:
         result = _clamped(form, step.lo, step.hi)
-    return result if isinstance(result, Refusal) else _within_float32(result)
+    if isinstance(result, Refusal):
+        return result
+    return _within_float32(NormalForm(*(_rounded(c, single) for c in result.coefficients)))
 
 
-def fold(steps: Iterable[Step]) -> NormalForm | Refusal:
-    """The normal form of ``steps``, first to last."""
-    form = NormalForm()
+def rounded(step: Step, single: bool) -> Step:
+    """The step with its numbers as float32 has them, if ``single``."""
+    if isinstance(step, Shift):
+        return Shift(_rounded(step.amount, single))
+    if isinstance(step, Scale):
+        return Scale(_rounded(step.factor, single))
+    return Clamp(_rounded(step.lo, single), _rounded(step.hi, single), step.gradient)
+
+
+def _rounded(c: Coefficient, single: bool) -> Coefficient:
+    """What is too large for float32 stays as it is, to be refused."""
+    if single and isinstance(c, float) and abs(c) <= LARGEST:
+        return ctypes.c_float(c).value
+    return c
+
+
+def fold(steps: Iterable[Step], single: bool = False, form: NormalForm = NormalForm()) -> NormalForm | Refusal:
+    """The normal form of ``steps``, first to last, behind ``form``."""
     for step in steps:
-        result = apply(form, step)
+        result = apply(form, step, single)
         if isinstance(result, Refusal):
             return result
         form = result

@@ -76,9 +76,9 @@ def _is_stateful(name: str) -> bool:
 
 
 def _in_place(node: fx.Node, function: Any) -> bool:
-    """Whether the ``inplace`` parameter of a function of ``torch.nn.functional`` is set, by position or by name."""
+    """Whether ``inplace`` or ``out`` of a function of ``torch.nn.functional`` is set, by position or by name."""
     try:
         bound = inspect.signature(function).bind(*node.args, **node.kwargs)
     except (TypeError, ValueError):
         return True
-    return bound.arguments.get("inplace", False) is not False
+    return bound.arguments.get("inplace", False) is not False or bound.arguments.get("out") is not None

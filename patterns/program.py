@@ -33,9 +33,12 @@ from fusion_backend.patterns.barrier import is_barrier
 from fusion_backend.patterns.coefficient import Coefficient
 from fusion_backend.patterns.convolution import Convolution
 from fusion_backend.patterns.operand import label, read_operand, read_vector
-from fusion_backend.patterns.source import Miss, is_tensor, needs_gradient, same_shape, value_of
+from fusion_backend.patterns.source import Miss, is_single, is_tensor, needs_gradient, same_shape, value_of
 from fusion_backend.patterns.steps import read_steps
 from fusion_backend.patterns.vocabulary import Call, read_call, word
+
+# Of a program. Longer ones take minutes to compile, and registers that there are not.
+MOST_VALUES = 64
 
 MOST_TENSORS = 2
 BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/", "minimum": "min", "maximum": "max"}
@@ -143,32 +146,44 @@ class _Walk:
 
     def instructions(self, value: int) -> tuple[tuple[Instruction, ...], tuple[fx.Node, ...]]:
         """Those that ``value`` is made of, and the tensors that they read, numbered anew."""
+        last = self._plain(value)
+        needed = {last}
+        for each in range(last, 0, -1):  # inputs have smaller numbers
+            if each in needed:
+                needed.update(self._plain(x) for x in self._made_of(each).values if x >= 0)
         numbers: dict[int, int] = {0: 0}
         result: list[Instruction] = []
         tensors: list[fx.Node] = []
 
         def number(value: int) -> int:
-            if value < 0:
-                tensor = self.tensors[-1 - value]
-                tensors.extend([tensor] if tensor not in tensors else [])
-                return -1 - tensors.index(tensor)
-            made = self.values[value]
-            if made.instruction is None and made.form == IDENTITY:
-                return number(made.base) if value else 0
-            if value in numbers:
-                return numbers[value]
-            each = made.instruction or Instruction("affine", (made.base,), _parameters(made.form))
-            result.append(Instruction(each.name, tuple(map(number, each.values)), each.parameters))
-            numbers[value] = len(result)
-            return numbers[value]
+            if value >= 0:
+                return numbers[self._plain(value)]
+            tensor = self.tensors[-1 - value]
+            tensors.extend([tensor] if tensor not in tensors else [])
+            return -1 - tensors.index(tensor)
 
-        number(value)
+        for each in sorted(needed - {0}):
+            made = self._made_of(each)
+            result.append(Instruction(made.name, tuple(map(number, made.values)), made.parameters))
+            numbers[each] = len(result)
         return tuple(result), tuple(tensors)
+
+    def _plain(self, value: int) -> int:
+        """The value that this one is another name of."""
+        while value and self.values[value].instruction is None and self.values[value].form == IDENTITY:
+            value = self.values[value].base
+        return value
+
+    def _made_of(self, value: int) -> Instruction:
+        made = self.values[value]
+        return made.instruction or Instruction("affine", (made.base,), _parameters(made.form))
 
     def _read(self, node: fx.Node) -> Miss | None:
         call = read_call(node)
         if call is None:
             return Miss("no step of a tail", node, word(node))
+        if len(self.values) > MOST_VALUES:
+            return Miss(f"it is behind {MOST_VALUES} others, and a kernel holds no more", node, word(node))
         places = [name for name, each in call.arguments.items() if isinstance(each, fx.Node) and each in self.number]
         if {call.arguments[place] for place in places} != {n for n in node.all_input_nodes if n in self.number}:
             return Miss("no step of a tail", node, word(node))
@@ -255,17 +270,18 @@ class _Walk:
         if isinstance(step, str):
             return step
         name, *parameters = step
-        read = [self._parameter(parameter) for parameter in parameters]
+        read = [self._parameter(parameter, word(call.node)) for parameter in parameters]
         for parameter in read:
             if isinstance(parameter, str):
                 return parameter
         return _Value(0, instruction=Instruction(name, (x,), tuple(read)))  # type: ignore[arg-type]
 
-    def _parameter(self, parameter: Any) -> Coefficient | str:
-        """PReLU's weight is [C] or one element."""
+    def _parameter(self, parameter: Any, operation: str) -> Coefficient | str:
+        """PReLU's weight is [C] or one element; that of the kernel behind it broadcasts like any tensor."""
         value, dim = self.convolution.value, self.convolution.channel_dim
         known: Any = value_of(parameter) if isinstance(parameter, fx.Node) else None
-        if is_tensor(known) and len(known.shape) == 1 and not same_shape(known.shape, (1,)):
+        vector = is_tensor(known) and len(known.shape) == 1 and not same_shape(known.shape, (1,))
+        if vector and operation != "_prelu_kernel":
             if dim != 1 or not same_shape(known.shape, (value.shape[1],)):
                 return f"a parameter of shape {tuple(known.shape)} is not one value per channel"
             return read_vector(parameter)
@@ -277,10 +293,11 @@ class _Walk:
     def _folded(self, x: int, steps: list[Step]) -> _Value | str:
         """``steps`` behind the form that made x; where algebra refuses these together, behind x itself."""
         made = self.values[x]
-        together = _fold(made.form, steps) if made.instruction is None else None
+        single = is_single(self.convolution.value)
+        together = algebra.fold(steps, single, made.form) if made.instruction is None else None
         if isinstance(together, NormalForm):
             return _Value(made.base, together)
-        alone = _fold(IDENTITY, steps)
+        alone = algebra.fold(steps, single)
         return alone.reason if isinstance(alone, Refusal) else _Value(x, alone)
 
     def _name(self, node: fx.Node, call: Call, made: _Value) -> None:
@@ -302,15 +319,6 @@ class _Walk:
 
 def _made_by(name: str, *values: int) -> _Value:
     return _Value(0, instruction=Instruction(name, values))
-
-
-def _fold(form: NormalForm, steps: list[Step]) -> NormalForm | Refusal:
-    for step in steps:
-        folded = algebra.apply(form, step)
-        if isinstance(folded, Refusal):
-            return folded
-        form = folded
-    return form
 
 
 def _parameters(form: NormalForm) -> tuple[Coefficient | None, ...]:

@@ -24,7 +24,7 @@ from fusion_backend.patterns.convolution import Convolution, read_convolution
 from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.operand import read_vector
 from fusion_backend.patterns.program import Program, read_program
-from fusion_backend.patterns.source import Miss, is_tensor, needs_gradient, same_shape, value_of
+from fusion_backend.patterns.source import Miss, is_single, is_tensor, needs_gradient, same_shape, value_of
 from fusion_backend.patterns.steps import read_steps
 from fusion_backend.patterns.vocabulary import Call, read_call, word
 
@@ -114,7 +114,7 @@ def match(node: fx.Node, bare: bool = False) -> Site | Miss:
     bias = _bias(convolution)
     if not walk.tail and bias is None and (walk.trains or not bare):
         return end
-    form, biased = algebra.fold(walk.steps), algebra.fold([*(bias or ()), *walk.steps])
+    form, biased = algebra.fold(walk.steps, walk.single), algebra.fold([*(bias or ()), *walk.steps], walk.single)
     if isinstance(form, Refusal) or isinstance(biased, Refusal):
         raise AssertionError(f"{walk.steps} were folded one by one, but not together")
     gate = walk.gate if walk.trains else None
@@ -133,6 +133,7 @@ class _Walk:
         self.form = NormalForm()
         self.gate = Gate()
         self.trains = needs_gradient(convolution.value)
+        self.single = is_single(convolution.value)
 
     @property
     def last(self) -> fx.Node:
@@ -163,7 +164,7 @@ class _Walk:
         if isinstance(steps, Miss):
             return steps
         trains = self.trains or needs_gradient(value_of(user))
-        folded = _fold(self.form, self.gate, steps, trains)
+        folded = _fold(self.form, self.gate, steps, trains, self.single)
         if isinstance(folded, Refusal):
             return Miss(folded.reason, user, word(user))
         self.form, self.gate, self.trains = *folded, trains
@@ -188,11 +189,13 @@ class _Walk:
         return steps
 
 
-def _fold(form: NormalForm, gate: Gate, steps: list[Step], trains: bool) -> tuple[NormalForm, Gate] | Refusal:
+def _fold(
+    form: NormalForm, gate: Gate, steps: list[Step], trains: bool, single: bool
+) -> tuple[NormalForm, Gate] | Refusal:
     """The normal form and the gate with ``steps`` behind them. The gate is kept where a gradient flows."""
-    for step in steps:
+    for step in (algebra.rounded(step, single) for step in steps):
         gated = gradient.apply(gate, form, step) if trains else gate
-        folded = algebra.apply(form, step)
+        folded = algebra.apply(form, step, single)
         if isinstance(gated, Refusal):
             return gated
         if isinstance(folded, Refusal):

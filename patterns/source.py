@@ -63,6 +63,11 @@ def is_tensor(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
+def is_single(value: Any) -> bool:
+    """Whether operations on ``value`` are computed in float32: half precision is, too."""
+    return bool(value.dtype != torch.float64)
+
+
 def needs_gradient(value: Any) -> bool:
     """Whether a gradient flows back through ``value``, as far as tracing recorded it."""
     return bool(getattr(value, "requires_grad", False))

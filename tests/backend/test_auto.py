@@ -268,6 +268,46 @@ def test_a_convolution_is_measured_once_and_what_fails_is_left_to_inductor(
     assert "measuring a transposed convolution failed, Inductor takes it: no memory" in caplog.text
 
 
+@pytest.mark.usefixtures("on_h200")
+def test_a_gpu_that_was_full_is_measured_again(timings: dict[str, float]) -> None:
+    timings["inductor"] = 2.0
+    model = Up().eval()
+    compiled = torch.compile(model, backend=fused_post, mode="max-autotune-no-cudagraphs")
+    with torch.no_grad():
+        with mock.patch.object(autotune, "contenders", side_effect=torch.OutOfMemoryError("full")):
+            (site,) = explain(compiled, X).sites
+        assert site.kernel == "inductor" and "no memory for measuring" in site.reason
+        assert [site.kernel for site in explain(compiled, X).sites] == ["fused"]
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_with_a_program_and_without_it_is_the_same_measurement(timings: dict[str, float]) -> None:
+    timings["inductor"] = 2.0
+    compiled = torch.compile(nn.Sequential(Up(), nn.Tanh()).eval(), backend=fused_post, mode="max-autotune")
+    with torch.no_grad():
+        (site,) = explain(compiled, X).sites
+    assert site.kernel == "fused" and "tanh" in site.equation
+    assert len(autotune._known) == 1
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_where_the_switch_for_tf32_is_changed_later_eager_takes_over(caplog: pytest.LogCaptureFixture) -> None:
+    model = Up().eval()
+    compiled = torch.compile(model, backend=fused_post, options=OPTIONS)
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    try:
+        convolutions.fp32_precision = "tf32"
+        with torch.no_grad():
+            expected = model(X)
+            for precision in ("tf32", "ieee", "ieee", "tf32"):
+                convolutions.fp32_precision = precision
+                torch.testing.assert_close(compiled(X), expected)
+    finally:
+        convolutions.fp32_precision = before
+    assert caplog.text.count("TF32 for convolutions was allowed when a model was compiled and is forbidden now") == 1
+
+
 def test_what_is_opaque_is_counted_with_what_it_costs_the_host(
     timings: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,7 +323,7 @@ def test_what_is_opaque_is_counted_with_what_it_costs_the_host(
     for ms, replayed, speedup in ((0.5, False, 2.0), (0.05, False, 10.0), (0.05, True, 20.0)):
         timings[first] = ms
         autotune._known.clear()
-        found = autotune.measure(hopper, X.shape, torch.device("cpu"), "unknown", replayed)
+        found = autotune.measure(hopper, hopper, X.shape, torch.device("cpu"), "unknown", replayed)
         assert isinstance(found, evidence.Prediction)
         assert (found.plan, round(found.speedup, 3)) == (first, speedup)
 

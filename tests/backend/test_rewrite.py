@@ -246,3 +246,62 @@ def test_fuse_reports_its_plan() -> None:
         gm = dynamo(Model(seed), torch.randn(2, 4, 5, 7))
         fused = backend.fuse(gm, Options(strict=True))
     assert [decision.kernel for decision in fused.plan] == ["inductor"] and not backend.has_kernels(gm)
+
+
+ON_A_BOUND = {
+    "a folded bound": lambda y: (y.clamp(min=-0.1) * 1.5 * 2 + 0.3).sqrt(),
+    "a folded shift": lambda y: (torch.relu(y) + 0.3 - 0.1 - 0.2).sqrt(),
+    "a bound of a program's": lambda y: (torch.tanh(y).clamp(min=-0.1) * 3 + 0.3).sqrt(),
+    "a shift of a program's": lambda y: (torch.tanh(torch.relu(y)) + 0.3 - 0.1 - 0.2).sqrt(),
+    "a division": lambda y: 1 / (y.clamp(min=0.3) - 0.1 - 0.2 + 1e-20),
+}
+
+
+@pytest.mark.parametrize("kernel", ["auto", "fused"])
+@pytest.mark.parametrize("tail", ON_A_BOUND.values(), ids=ON_A_BOUND)
+@torch.no_grad()
+def test_what_stands_on_a_bound_is_what_it_is_in_eager(monkeypatch: pytest.MonkeyPatch, tail: Any, kernel: str) -> None:
+    """To the bit: behind it there may be a root, or a division."""
+    monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
+    up, x = nn.ConvTranspose2d(4, 6, 3, 2, 1, 1), torch.randn(2, 4, 5, 7) * 3
+    options = {"fused_post.kernel": kernel, "fused_post.strict": True}
+    y = torch.compile(lambda x: tail(up(x)), backend=fused_post, options=options)(x)
+    torch.testing.assert_close(y, tail(up(x)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_weight_of_prelus_kernel_broadcasts_like_any_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Along the last dimension, and not along the channels, of which there are as many here."""
+    monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
+    up, x, weight = nn.ConvTranspose2d(4, 6, 1), torch.randn(2, 4, 5, 6), torch.arange(6.0)
+
+    def model(x: Tensor) -> Tensor:
+        return torch._prelu_kernel(up(x), weight)
+
+    options = {"fused_post.kernel": "fused", "fused_post.strict": True}
+    torch.testing.assert_close(torch.compile(model, backend=fused_post, options=options)(x), model(x))
+
+
+@torch.no_grad()
+def test_a_tail_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
+    up, x = nn.ConvTranspose2d(4, 6, 3, 2, 1, 1), torch.randn(1, 4, 2, 2)
+
+    def model(x: Tensor) -> Tensor:
+        y = up(x)
+        for _ in range(1100):
+            y = torch.sin(y)
+        return y
+
+    options = {"fused_post.kernel": "fused", "fused_post.strict": True}
+    (site,) = explain(torch.compile(Wrapped(model), backend=fused_post, options=options), x).sites
+    assert site.kernel == "fused" and "it is behind 64 others" in site.reason
+
+
+class Wrapped(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)

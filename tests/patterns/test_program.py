@@ -160,7 +160,7 @@ TAILS: dict[str, tuple[Tail, str, str]] = {
     ),
     "in place, by a second name": (written_through_a_second_name, "y = x", "v1 = sigmoid(y); v2 = 2*v1"),
     "a value that nobody reads": (dead_end, "y = x", "v1 = sigmoid(y)"),
-    "a form that is read twice": (twice, "y = x", "v1 = tanh(y); v2 = max(2*v1 + 1, 0); v3 = 2*v1; v4 = v2 + v3"),
+    "a form that is read twice": (twice, "y = x", "v1 = tanh(y); v2 = 2*v1; v3 = max(2*v1 + 1, 0); v4 = v3 + v2"),
     "forms that do not fold together": (
         lambda m, y: torch.tanh(y) * 1e-30 * 1e-30, "y = x", "v1 = tanh(y); v2 = 1e-30*v1; v3 = 1e-30*v2"
     ),

@@ -139,8 +139,11 @@ def test_a_write_that_no_name_shows_ends_the_tail_before_it() -> None:
     def embedding(b: Tensor) -> None:
         F.embedding(torch.tensor([0, 1]), b.view(-1, 1), max_norm=0.01)
 
+    def normalize(b: Tensor) -> None:
+        F.normalize(b, 2.0, 0, 1e-12, b)
+
     weight, x = torch.randn(3, 5, 2, 2), torch.randn(2, 3, 4, 4)
-    for write in (batch_norm, instance_norm, relu, dropout, embedding):
+    for write in (batch_norm, instance_norm, relu, dropout, embedding, normalize):
 
         def model(x: Tensor, b: Tensor, write: Any = write) -> Tensor:
             z = ((F.conv_transpose2d(x, weight) + 1) + b.view(-1, 1, 1)) * 2
