@@ -50,6 +50,7 @@ class Choice:
     """``kernel`` is "fused", "epilogue", "inductor", or None where the site stays as the user wrote it.
 
     ``training``: by ``fused_post::conv_transpose_training``, which keeps one bit an element for the backward.
+    ``program``: the fused kernel takes the site's too, where it has one; else Inductor gets it, in a pass of its own.
     """
 
     kernel: str | None
@@ -57,9 +58,7 @@ class Choice:
     training: bool = False
     plan: str | None = None  # of the fused kernel: the name of a measured one, or None for the operator's own rule
     relayout: bool = False  # a contiguous site becomes channels_last
-    program: bool = (
-        True  # the fused kernel takes what the site has of one, too; else Inductor gets it, in a pass of its own
-    )
+    program: bool = True
     folds: bool = True  # where Inductor keeps the site, it gets the tail's normal form if that is shorter
 
 
@@ -167,10 +166,9 @@ def is_relaid(site: Site, around: Surroundings) -> bool | None:
     value = site.convolution.value
     if site.convolution.rank != 2 or layout_of(value)[0]:
         return False
+    # What is in both layouts at once would come back with strides of the other.
     one = value.shape[1] == 1 or all(isinstance(size, int) and size == 1 for size in value.shape[-2:])
-    return (
-        None if around.relayout and one else around.relayout
-    )  # what is in both layouts at once has strides of neither
+    return None if around.relayout and one else around.relayout
 
 
 def measured_plan(site: Site, options: Options, relayout: bool = False, left: bool = False) -> Prediction | str:
@@ -189,9 +187,7 @@ def measured_plan(site: Site, options: Options, relayout: bool = False, left: bo
     if rate is None and options.measures:
         rate = autotune.copy_rate(device)
     if rate is None:
-        return (
-            f"it would take copies, as of the convolutions' layout beside it, and how fast {gpu} copies is not measured"
-        )
+        return f"it would take copies, for the layout or the tail beside it; how fast {gpu} copies is not measured"
     beside = copied / rate
     if options.measures:
         alone = problem_of(replace(site, program=None), relayout)
