@@ -51,7 +51,7 @@ def fused_post(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any)
         original = fused.original(gm)
         with torch.compiler.config.patch(cache_key_tag=cache_key_tag()):  # type: ignore[attr-defined]
             compiled = inductor(gm, example_inputs)
-        return compiled if original is None else as_long_as_tf32_is_allowed_or_not(compiled, original)
+        return compiled if original is None else unless_tf32_changes(compiled, original)
     except RestartAnalysis:
         raise
     except Exception as error:
@@ -74,15 +74,18 @@ class Fused:
             module.graph = graph
 
     def original(self, gm: fx.GraphModule) -> fx.GraphModule | None:
-        """``gm`` as it was, to run eagerly, where a kernel in it reads the switch for TF32; else None."""
+        """``gm`` as it was, to run eagerly, where a kernel in it reads the switch for TF32; else None.
+
+        None also where a rewritten graph is nested in it (checkpointing, ``torch.cond``): that is not kept apart.
+        """
         reads = any(decision.kernel == "fused" and _is_float32(decision.node) for decision in self.plan)
         if not reads or set(self.originals) != {gm}:
             return None
         return fx.GraphModule(gm, _copy(self.originals[gm]))
 
 
-def as_long_as_tf32_is_allowed_or_not(compiled: Callable[..., Any], original: fx.GraphModule) -> Callable[..., Any]:
-    """``compiled``, whose kernels have the switch for TF32 as it was; where it has changed since, ``original``.
+def unless_tf32_changes(compiled: Callable[..., Any], original: fx.GraphModule) -> Callable[..., Any]:
+    """``compiled``, whose kernels have the switch for TF32 as it is now; where it has changed, ``original``.
 
     PyTorch's convolutions read the switch at each call, and Dynamo does not guard it.
     """

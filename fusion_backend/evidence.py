@@ -3,7 +3,8 @@
 ``measured/<gpu>.json`` holds, for each measured case, the device's time of every plan of ours that was right, packing
 the weight included, and of the best of eager, Inductor and Inductor max-autotune. ``python -m benchmarks.evidence``
 writes it from the benchmarks' results. A convolution is judged by the two measured cases most like it, in halvings and
-doublings of their sizes: both must speak for a plan of ours. Where no two are near, nothing is claimed.
+doublings of their sizes: both must speak for a plan of ours. A single near case must show a march to be far faster;
+where there is none, nothing is claimed.
 """
 
 from __future__ import annotations

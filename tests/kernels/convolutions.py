@@ -48,6 +48,17 @@ class Conv:
         weight = torch.randn(self.x[1], self.C_out // self.groups, *kernel, generator=generator)
         return laid_out(x, last), weight.to(device, dtype)
 
+    def whole_numbers(
+        self, dtype: torch.dtype, device: str, largest: int = 2
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x, weight and a shift [C_out] of whole numbers, with which every sum is exact."""
+        generator = torch.Generator().manual_seed(0)
+        x, weight = (
+            torch.randint(-largest, largest + 1, t.shape, generator=generator) for t in self.tensors(dtype, "cpu")
+        )
+        shift = torch.randint(-2, 3, (self.C_out,), generator=generator)
+        return x.to(device, dtype), weight.to(device, dtype), shift.to(device, torch.float32)
+
     def fakes(self, dtype: torch.dtype, x_last: bool, out_last: bool) -> tuple[torch.Tensor, ...]:
         """x, weight and the output on a GPU, without values; for fake tensors."""
         like = torch.empty(0, dtype=dtype, device="cuda")

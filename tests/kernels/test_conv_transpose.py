@@ -143,10 +143,7 @@ GATED = {
 @pytest.mark.parametrize(("conv", "possible"), GATED.values(), ids=GATED)
 def test_the_bits_of_a_gate(run: Implementation, conv: Conv, possible: tuple[bool, bool], dtype: torch.dtype) -> None:
     """On whole numbers, with which every sum is exact and both bounds are hit. Dtypes swap the gates of the layouts."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randint(-2, 3, t.shape, generator=generator) for t in conv.tensors(dtype, "cpu"))
-    shift = torch.randint(-2, 3, (conv.C_out,), generator=generator)
-    x, weight, shift = x.to(run.device, dtype), weight.to(run.device, dtype), shift.to(run.device, torch.float32)
+    x, weight, shift = conv.whole_numbers(dtype, run.device)
     values = (None, shift, -1.0, 3.0)
     z = reference(x, weight, conv.axes, conv.groups, None, shift)
     gates = (Gate(True, False, False), Gate(False, True))
@@ -175,10 +172,8 @@ LARGER = {
 @pytest.mark.parametrize("conv", LARGER.values(), ids=LARGER)
 def test_every_plan_writes_the_bits_of_a_gate(conv: Conv, dtype: torch.dtype, last: bool) -> None:
     """On whole numbers again, in five launches each."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randint(-1, 2, t.shape, generator=generator) for t in conv.tensors(dtype, "cpu"))
-    shift = torch.randint(-2, 3, (conv.C_out,), generator=generator).to("cuda", torch.float32)
-    x, weight = laid_out(x.to("cuda", dtype), last), weight.to("cuda", dtype)
+    x, weight, shift = conv.whole_numbers(dtype, "cuda", largest=1)
+    x = laid_out(x, last)
     problem = problem_for(x, weight, conv.axes, conv.groups, last, True)
     gate, numbers = Gate(lo_open=True, passes_nan=False), (1.0, 0.0, -1.0, 3.0)
     z = reference(x.double(), weight.double(), conv.axes, conv.groups, None, shift.double())

@@ -111,10 +111,7 @@ GATED = {
 @pytest.mark.parametrize(("conv", "possible"), GATED.values(), ids=GATED)
 def test_the_bits_of_a_gate(run: Run, conv: Conv, possible: tuple[bool, bool], dtype: torch.dtype) -> None:
     """On whole numbers, with which every sum is exact and both bounds are hit; from either layout to either."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randint(-2, 3, t.shape, generator=generator) for t in conv.tensors(dtype, "cpu"))
-    shift = torch.randint(-2, 3, (conv.C_out,), generator=generator)
-    x, weight, shift = x.to(run.device, dtype), weight.to(run.device, dtype), shift.to(run.device, torch.float32)
+    x, weight, shift = conv.whole_numbers(dtype, run.device)
     z = reference(x, weight, conv.axes, 1, None, shift).float()
     for last, gate in ((False, Gate(True, False, False)), (True, Gate(False, True))):
         problem = run.problem(conv, laid_out(x, not last), weight, last)
