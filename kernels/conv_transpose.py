@@ -36,7 +36,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_true
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
-from fusion_backend.kernels import epilogue, hopper_march, hopper_strips, row_march, strips
+from fusion_backend.kernels import epilogue, hopper_march, hopper_strips, packing, row_march, strips
 from fusion_backend.kernels.arguments import axes_for, check_inputs
 from fusion_backend.kernels.coefficients import (
     Coefficient,
@@ -52,6 +52,7 @@ from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.gate import EVERYTHING, Gate, passes_gate, store_bits
 from fusion_backend.kernels.launching import runs, takes_long_offsets, unit_of
 from fusion_backend.kernels.layout import empty, is_channels_last
+from fusion_backend.kernels.packing import Packing
 from fusion_backend.kernels.phases import Axis
 from fusion_backend.kernels.plans import Plan, choose_plan, plan_named, plans_for
 from fusion_backend.kernels.problem import Problem, problem_for
@@ -67,7 +68,7 @@ from fusion_backend.kernels.program import (
 )
 from fusion_backend.kernels.program import reference as run_program
 from fusion_backend.kernels.rounding import cdiv
-from fusion_backend.kernels.tf32 import round_to_tf32, rounded_to_tf32
+from fusion_backend.kernels.tf32 import rounded_to_tf32
 from fusion_backend.kernels.tiling import Tiling, choose_tiling, tiling_for, tilings, why_no_bits
 
 # In an image, of x or of the output: pixels, also those that fill a row of phases up, are counted in 32 bits.
@@ -497,16 +498,10 @@ def _conv_transpose_kernel(
 
 
 def pack(weight: torch.Tensor, problem: Problem, tiling: Tiling) -> torch.Tensor:
-    """[groups, C_out * taps, C_in], C_in filled up with zeros to whole blocks, and rounded where the product is TF32.
-
-    A transposition, which compilers know how to do at the speed of a copy.
-    """
-    packed = weight.reshape(problem.groups, problem.C_in, -1).transpose(1, 2)
-    packed = packed.clone(memory_format=torch.contiguous_format)
-    if problem.tf32 and problem.dot:
-        packed = round_to_tf32(packed)
-    missing = -problem.C_in % tiling.block_k
-    return F.pad(packed, (0, missing)) if missing else packed
+    """[groups * C_out * taps, C_in], C_in filled up to whole blocks, and rounded where the product is TF32."""
+    depth = cdiv(problem.C_in, tiling.block_k) * tiling.block_k
+    rounded = problem.tf32 and problem.dot
+    return packing.pack(weight, problem.groups, Packing(problem.C_out, depth, by_tap=False, rounded=rounded))
 
 
 def launch(
