@@ -249,8 +249,7 @@ def _give_up(raised: Exception) -> None:
     log.warning("the Gluon kernel does not run here, from now on others do: %s: %s", type(raised).__name__, first)
 
 
-@torch.library.custom_op("fused_post::conv_transpose_hopper", mutates_args=(), tags=(torch.Tag.flexible_layout,))
-def conv_transpose_hopper(
+def _conv_transpose_hopper(
     x: torch.Tensor,
     weight: torch.Tensor,
     packed: torch.Tensor,
@@ -307,7 +306,15 @@ def conv_transpose_hopper(
     )
 
 
-@conv_transpose_hopper.register_fake
+# Not by custom_op, whose layers take the host longer than everything here.
+NAME = "fused_post::conv_transpose_hopper"
+SCHEMA = torch.library.infer_schema(_conv_transpose_hopper, mutates_args=())
+torch.library.define(NAME, SCHEMA, tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
+torch.library.impl(NAME, "default", _conv_transpose_hopper)
+conv_transpose_hopper = torch.ops.fused_post.conv_transpose_hopper.default
+
+
+@torch.library.register_fake(NAME)
 def _(
     x: torch.Tensor,
     weight: torch.Tensor,

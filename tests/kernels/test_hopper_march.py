@@ -392,6 +392,6 @@ def test_opcheck(last: bool) -> None:
     tensors, numbers = (None, torch.randn(8), None, None), (1.0, 0.0, None, 0.5)
     for channels_last in (False, True):
         torch.library.opcheck(
-            conv_transpose_hopper._opoverload,
+            conv_transpose_hopper,
             (x, weight, packed, [2], [1], [1], [1], *tensors, *numbers, channels_last, True, SMALLEST.name),
         )
