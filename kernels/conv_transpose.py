@@ -665,6 +665,8 @@ def _why_no_bits(plan: Plan, problem: Problem, W_out: int) -> str | None:
         return hopper_strips.why_no_bits(problem, W_out)
     if isinstance(plan.config, strips.Config):
         return strips.why_no_bits(plan.problem(problem), plan.config, W_out)
+    if plan.back:
+        return "they would be those of the workspace"
     tiling = tiling_for(plan.problem(problem), plan.config)
     assert tiling is not None, "a plan fits"
     return why_no_bits(plan.problem(problem), tiling, W_out)
@@ -674,7 +676,8 @@ def _plan(problem: Problem, x: torch.Tensor, name: str | None, tensors: int = 0,
     """The plan of that name; the rule's where there is none, or where x has another layout than the name is for.
 
     Tracers do not always agree on the strides of what an operation returns. Where a march has no room for what a
-    program reads, so many tensors and columns of vectors, a march that has, or else the general kernel.
+    program reads, so many tensors and columns of vectors, a march that has, or else the general kernel; these tensors
+    are the result's, and no workspace's.
     """
     plan = choose_plan(problem, x.shape) if name is None else plan_named(problem, name)
     if plan is None and name is not None and plan_named(replace(problem, x_last=not problem.x_last), name):
@@ -684,6 +687,8 @@ def _plan(problem: Problem, x: torch.Tensor, name: str | None, tensors: int = 0,
         raise ValueError(f"plan is {name!r}; allowed for this convolution are {known}")
     if isinstance(plan.config, hopper_strips.Config) and not hopper_strips.has_room(problem, plan.config, columns):
         plan = choose_plan(problem, x.shape)
+    if plan.back and tensors:
+        plan = Plan(choose_tiling(Plan(plan.config, plan.turned).problem(problem)).config, plan.turned)
     rest = plan.problem(problem)
     if isinstance(plan.config, strips.Config) and not strips.has_room(rest, plan.config, tensors):
         configs = (config for config in strips.configs_for(rest) if strips.has_room(rest, config, tensors))
@@ -724,7 +729,13 @@ def launch_plan(
     if plan.turned:
         turned = empty(x.shape, x, True)
         epilogue.launch(turned, x, NO_COEFFICIENTS)
-        x, problem = turned, plan.problem(problem)
+        x = turned
+    problem = plan.problem(problem)
+    if plan.back:
+        turned = empty(out.shape, out, True)
+        launch_plan(turned, x, packed, problem, Plan(plan.config), coefficients, program=program)
+        epilogue.launch(out, turned, NO_COEFFICIENTS)
+        return
     if isinstance(plan.config, strips.Config):
         march = strips.march_for(problem, x.shape, plan.config)
         row_march.launch(out, x, packed, problem, march, coefficients, bits, gate, program)

@@ -21,7 +21,8 @@ from fusion_backend.kernels.layout import is_channels_last
 from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.tf32 import round_to_tf32, rounded_to_tf32
 
-BLOCK = 64  # rows, and channels, of a program
+BLOCKS = (64, 32, 16)  # rows, and channels, of a program
+PROGRAMS = 128  # keep a GPU busy
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ def pack(weight: torch.Tensor, groups: int, packing: Packing) -> torch.Tensor:
     taps = math.prod(kernel)
     rows = packing.C_out * taps
     packed = weight.new_empty(groups * rows, packing.depth)
+    block = next((block for block in BLOCKS if rows * packing.depth >= PROGRAMS * block**2), BLOCKS[-1])
     launcher: Any = wrap_triton(_pack_kernel) if isinstance(_pack_kernel, JITFunction) else _pack_kernel
-    launcher[(cdiv(rows, BLOCK), cdiv(packing.depth, BLOCK), groups)](
+    launcher[(cdiv(rows, block), cdiv(packing.depth, block), groups)](
         packed,
         weight,
         C_in // groups,
@@ -61,7 +63,7 @@ def pack(weight: torch.Tensor, groups: int, packing: Packing) -> torch.Tensor:
         BY_TAP=packing.by_tap,
         NEIGHBOURS=packing.neighbours,
         TF32=packing.rounded,
-        BLOCK=BLOCK,
+        BLOCK=block,
         num_warps=4,
     )
     return packed

@@ -1,4 +1,4 @@
-"""The kernel that packs a weight, compiled for every GPU we support: it moves 16 bytes a thread on both sides."""
+"""The kernel that packs a weight, compiled for every GPU we support: a large one moves 16 bytes a thread."""
 
 import re
 
@@ -14,8 +14,8 @@ from tests.kernels.compiling import CHIPS, compile_launch, on_chip, record_launc
 
 USES = {
     "general": ((512, 256, 16), Packing(256, 512, False)),
-    "march": ((64, 64, 3, 3), Packing(64, 64, True)),
-    "hopper": ((64, 64, 3, 3), Packing(64, 64, True, 4)),
+    "march": ((256, 256, 3, 3), Packing(256, 256, True)),
+    "hopper": ((256, 512, 2, 2), Packing(512, 256, True, 4)),
 }
 
 
