@@ -352,8 +352,9 @@ def _conv_transpose_hopper(
     tensors: Tensors = (scale, shift, lo, hi)
     numbers = (scale_number, shift_number, lo_number, hi_number)
     axes_of = tuple(tuple(sizes) for sizes in (stride, padding, output_padding, dilation))
-    given = (tensors, numbers, channels_last, allow_tf32)
-    ran = run(x, weight, packed, axes_of, *given, plan, None, Program(program, vectors) if program else NO_PROGRAM)
+    vectors = None if vectors is None else vectors.contiguous()
+    steps = Program(program, vectors) if program else NO_PROGRAM
+    ran = run(x, weight, packed, axes_of, tensors, numbers, channels_last, allow_tf32, plan, None, steps)
     if ran is not None:
         return ran[0]
     return torch.ops.fused_post.conv_transpose.default(

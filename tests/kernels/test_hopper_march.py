@@ -328,30 +328,34 @@ def test_no_bit_is_ever_wrong_in_60_launches(hopper: str, dtype: torch.dtype, fr
 
 @pytest.mark.parametrize(("from_last", "to_last"), LAYOUTS)
 def test_training_runs_the_march_and_its_gradients_are_right(hopper: str, from_last: bool, to_last: bool) -> None:
+    """Those of another kernel, to the bit, called as it is and compiled by Inductor."""
     x, weight, shift = K3S2_BYTES.whole_numbers(torch.bfloat16, hopper, largest=1)
     leaves = [laid_out(x, from_last).requires_grad_(), weight.requires_grad_(), shift.requires_grad_()]
     grad = torch.randint(-1, 2, K3S2_BYTES.y, device=hopper).to(torch.bfloat16)
-    sizes = ([2], [1], [1], [1], 1)
 
-    def step(plan: str | None) -> tuple[torch.Tensor, ...]:
-        x, weight, shift = leaves
-        y, _ = torch.ops.fused_post.conv_transpose_training(
-            x, weight, None, *sizes, shift=shift, lo_number=-1.0, hi_number=3.0, passes_nan=False,
+    def forward(x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, plan: str | None) -> torch.Tensor:
+        return torch.ops.fused_post.conv_transpose_training(
+            x, weight, None, [2], [1], [1], [1], shift=shift, lo_number=-1.0, hi_number=3.0, passes_nan=False,
             fused=True, channels_last=to_last, plan=plan,
-        )  # fmt: skip
-        assert is_laid_out(y, to_last)
-        return y, *torch.autograd.grad(y, leaves, grad)
+        )[0]  # fmt: skip
 
+    problem = problem_for(leaves[0], weight, K3S2_BYTES.axes, 1, to_last, True)
+    general = next(plan.name for plan in plans_for(problem) if not (plan.is_hopper or plan.is_march or plan.turned))
+    results = []
     with mock.patch.object(hopper_march, "launch", side_effect=launch) as launched:
-        ours = step(None)
-        compiled = torch.compile(step, fullgraph=False)(None)
-        assert launched.call_count == 2 and not hopper_march._broken
-        problem = problem_for(leaves[0], weight, K3S2_BYTES.axes, 1, to_last, True)
-        general = next(plan.name for plan in plans_for(problem) if not (plan.is_hopper or plan.is_march or plan.turned))
-        theirs = step(general)
-        assert launched.call_count == 2
-    for a, b, c in zip(ours, theirs, compiled, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)
+        for run, plan, count in (
+            (forward, None, 1),
+            (torch.compile(forward, fullgraph=True), None, 2),
+            (forward, general, 2),
+        ):
+            y = run(*leaves, plan)
+            assert launched.call_count == count and not hopper_march._broken
+            assert is_laid_out(y, to_last)
+            results.append((y, *torch.autograd.grad(y, leaves, grad)))
+    assert launched.call_args.args[6] is not None, "the bits"
+    for ours in results[:2]:
+        for each, other in zip(ours, results[2], strict=True):
+            torch.testing.assert_close(each, other, rtol=0, atol=0, check_stride=False)
 
 
 def operator(
