@@ -18,6 +18,7 @@ from fusion_backend.kernels import hopper_march, hopper_march_training, problem
 from fusion_backend.kernels.coefficients import coefficients_for
 from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.conv_transpose import conv_transpose, reference
+from fusion_backend.kernels.conv_transpose_training import conv_transpose_training
 from fusion_backend.kernels.gate import Gate, passes, unpack
 from fusion_backend.kernels.gate import pack as pack_bits
 from fusion_backend.kernels.hopper_march import conv_transpose_hopper, is_hopper, launch, pack
@@ -334,7 +335,7 @@ def test_training_runs_the_march_and_its_gradients_are_right(hopper: str, from_l
     grad = torch.randint(-1, 2, K3S2_BYTES.y, device=hopper).to(torch.bfloat16)
 
     def forward(x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, plan: str | None) -> torch.Tensor:
-        return torch.ops.fused_post.conv_transpose_training(
+        return conv_transpose_training(
             x, weight, None, [2], [1], [1], [1], shift=shift, lo_number=-1.0, hi_number=3.0, passes_nan=False,
             fused=True, channels_last=to_last, plan=plan,
         )[0]  # fmt: skip
@@ -589,7 +590,7 @@ def test_the_training_operator_is_the_general_one_where_there_is_no_hopper(last:
     y, bits = conv_transpose_hopper_training(*arguments)
     assert is_laid_out(y, channels_last)
     given = (x, weight, None, *given[:4], 1, *given[4:])
-    expected, other_bits = torch.ops.fused_post.conv_transpose_training(*given)
+    expected, other_bits = conv_transpose_training(*given)
     assert torch.equal(y, expected)
     assert torch.equal(unpack(bits, CPU.y, channels_last), unpack(other_bits, CPU.y, last))
     torch.library.opcheck(conv_transpose_hopper_training, arguments)
