@@ -266,7 +266,7 @@ def check_bits(
         tensors = (by_channel - 4, by_channel)
         lo, hi = (tensor if end == "tensor" else end for tensor, end in zip(tensors, ends, strict=True))
         spread = (b.view(-1, *(1,) * conv.rank) if isinstance(b, torch.Tensor) else b for b in (lo, hi))
-        exact = pack_bits(passes(z, *(spread := tuple(spread)), gate), to_last)
+        exact = pack_bits(passes(z, *spread, gate), to_last)
         clamped = pointwise(z, None, None, *(b.double() if isinstance(b, torch.Tensor) else b for b in (lo, hi)))
         for config in configs_for(problem_for(x, weight, conv.axes, 1, to_last, True))[:configs]:
             for length in (None, 1, 4):
