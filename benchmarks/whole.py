@@ -6,6 +6,7 @@ measured one after the other while all others wait. A row's contenders run in tu
 ``ms``          on a GPU the device's time, of a call that was queued whole before its first kernel began, if it can be
 ``wall_ms``     on a GPU also the time on the wall, with what the host takes for it
 ``peak_bytes``  device memory above parameters and inputs, so with the output
+``tf32_error``  what rounding to TF32 alone makes of the result, where that is allowed
 
 Max-autotune is without CUDA graphs, as all are; it is compiled last, and what is not ready in time is not measured.
 What Inductor tunes, it tunes while other rows are prepared. A contender that is wrong, or that raises, is not timed:
@@ -31,17 +32,21 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.async_compile import shutdown_compile_workers
+from torch.overrides import TorchFunctionMode
 
 import fusion_backend
 from benchmarks import rows
 from benchmarks.measure import TOLERANCE, environment, in_turn, peak_bytes, summary
 from benchmarks.sites import PEERS, RESULTS, backend, names, show, twin
 from benchmarks.training import at_most
+from fusion_backend.kernels.tf32 import round_to_tf32
 
 Inputs = tuple[Tensor, ...]
 Build = Callable[[bool], tuple[nn.Module, Inputs]]
@@ -85,15 +90,22 @@ class Row:
         self.columns: dict[str, dict[str, object]] = {}
         self.correct: dict[str, Callable[[], Tensor]] = {}
         self.y: tuple[int, ...] | None = None
+        self.tf32_error: float | None = None
 
     def prepare(self, contenders: Iterable[str], seconds: float) -> None:
         """Compile and check every contender. ``seconds``: what is not ready by then is left out."""
         until = time.monotonic() + seconds
         self.sites = fusion_backend.explain(self.model, *self.inputs).sites
-        exact = self.exact()
+        exact = self.in_float64()
         eagers = self.model(*self.inputs)
         self.y = tuple(eagers.shape)
-        allowed = 2 * relative(zip(ends(eagers), exact, strict=True)) + TOLERANCE[self.dtype] / 10
+        error = relative(zip(ends(eagers), exact, strict=True))
+        if self.dtype == torch.float32 and self.device == "cuda" and torch.backends.cudnn.allow_tf32:
+            # Where a contender takes TF32 and cuDNN, which may too, takes none, its rounding is the measure.
+            with RoundedToTF32():
+                self.tf32_error = relative(zip(self.in_float64(), exact, strict=True))
+            error = max(error, self.tf32_error)
+        allowed = 2 * error + TOLERANCE[self.dtype] / 10
         for name in contenders:
             run = self.contender(name)
             begun = time.monotonic()
@@ -115,8 +127,8 @@ class Row:
         arguments = {key: value() if callable(value) else value for key, value in COMPILED[name].items()}
         return torch.compile(twin(self.model, name.replace(" ", "_").replace("-", "_")), **ISOLATED, **arguments)
 
-    def exact(self) -> list[Tensor]:
-        """The model in float64 at either end of the batch."""
+    def in_float64(self) -> list[Tensor]:
+        """What the model returns at either end of the batch."""
         model = deepcopy(self.model).double()
         return [model(*(part.double() for part in parts)) for parts in zip(*map(ends, self.inputs), strict=True)]
 
@@ -133,7 +145,19 @@ class Row:
         for name in self.correct:
             columns[name]["speed"] = best / columns[name]["ms"]
         sites = [asdict(site) for site in self.sites]
-        return {"x": tuple(self.inputs[0].shape), "y": self.y, "sites": sites, "contenders": columns}
+        shapes = {"x": tuple(self.inputs[0].shape), "y": self.y}
+        return shapes | {"tf32_error": self.tf32_error, "sites": sites, "contenders": columns}
+
+
+class RoundedToTF32(TorchFunctionMode):
+    """Transposed convolutions of float64 take input and weight rounded to TF32."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d):
+            args = (*(round_to_tf32(tensor.float()).double() for tensor in args[:2]), *args[2:])
+        return func(*args, **(kwargs or {}))
 
 
 def ends(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import models, rows
-from benchmarks.whole import Entry, Row, in_order, main, parts
+from benchmarks.whole import Entry, RoundedToTF32, Row, in_order, main, parts, relative
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +59,14 @@ def test_an_element_in_the_middle_of_the_batch_is_checked_too(row: Row, monkeypa
     monkeypatch.setattr(row, "contender", lambda name: Middle())
     row.prepare(("middle",), seconds=60.0)
     assert row.columns["middle"]["error"] < 1e-6 and not row.correct
+
+
+@torch.no_grad()
+def test_tf32_is_the_measure_of_what_may_take_it(row: Row) -> None:
+    exact = row.in_float64()
+    with RoundedToTF32():
+        rounded = row.in_float64()
+    assert 2e-5 < relative(zip(rounded, exact, strict=True)) < 1e-3
 
 
 def test_parts_are_as_few_as_processes_and_memory_allow() -> None:
