@@ -274,6 +274,14 @@ def clamp_divide(self, y):
     return torch.clamp(y, min=-1.0) / 2.0
 
 
+def convolutions() -> list[Case]:
+    """As cases of benchmarks/conv_transpose.py, by whose data ``auto`` chooses."""
+    return [
+        Case(p.name, p.x, p.C_out, p.kernel, p.stride, p.padding, p.output_padding, "bias_relu")
+        for p in PROBLEMS.values()
+    ]
+
+
 BUILDS = {str(number): problem.build for number, problem in PROBLEMS.items()}
 
 

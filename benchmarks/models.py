@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cases import Case
 from benchmarks.whole import Inputs, main
 
 
@@ -151,6 +152,68 @@ MODELS: dict[str, Model] = {
 
 
 BUILDS = MODELS
+
+# x, C_out, kernel, stride, padding and output padding of each of their transposed convolutions.
+Sizes = tuple[tuple[int, ...], int, int, int, int, int]
+CONVOLUTIONS: dict[str, tuple[Sizes, ...]] = {
+    "sam_mask_decoder": (
+        ((64, 256, 64, 64), 64, 2, 2, 0, 0),
+        ((64, 64, 128, 128), 32, 2, 2, 0, 0),
+    ),
+    "speecht5_hifigan": (
+        ((8, 512, 256), 256, 8, 4, 2, 0),
+        ((8, 256, 1024), 128, 8, 4, 2, 0),
+        ((8, 128, 4096), 64, 8, 4, 2, 0),
+        ((8, 64, 16384), 32, 8, 4, 2, 0),
+    ),
+    "vits_hifigan": (
+        ((8, 512, 256), 256, 16, 8, 4, 0),
+        ((8, 256, 2048), 128, 16, 8, 4, 0),
+        ((8, 128, 16384), 64, 4, 2, 1, 0),
+        ((8, 64, 32768), 32, 4, 2, 1, 0),
+    ),
+    "encodec_decoder": (
+        ((8, 512, 375), 256, 16, 8, 0, 0),
+        ((8, 256, 3000), 128, 10, 5, 0, 0),
+        ((8, 128, 15000), 64, 8, 4, 0, 0),
+        ((8, 64, 60000), 32, 4, 2, 0, 0),
+    ),
+    "dac_decoder": (
+        ((4, 1536, 250), 768, 16, 8, 4, 0),
+        ((4, 768, 2000), 384, 16, 8, 4, 0),
+        ((4, 384, 16000), 192, 8, 4, 2, 0),
+        ((4, 192, 64000), 96, 4, 2, 1, 0),
+    ),
+    "monai_unet": (
+        ((4, 384, 6, 6, 6), 64, 3, 2, 1, 1),
+        ((4, 128, 12, 12, 12), 32, 3, 2, 1, 1),
+        ((4, 64, 24, 24, 24), 16, 3, 2, 1, 1),
+        ((4, 32, 48, 48, 48), 2, 3, 2, 1, 1),
+    ),
+    "monai_dynunet": (
+        ((2, 320, 4, 4, 4), 320, 2, 2, 0, 0),
+        ((2, 320, 8, 8, 8), 256, 2, 2, 0, 0),
+        ((2, 256, 16, 16, 16), 128, 2, 2, 0, 0),
+        ((2, 128, 32, 32, 32), 64, 2, 2, 0, 0),
+        ((2, 64, 64, 64, 64), 32, 2, 2, 0, 0),
+    ),
+    "monai_autoencoder": (
+        ((16, 256, 16, 16), 128, 3, 2, 1, 1),
+        ((16, 128, 32, 32), 64, 3, 2, 1, 1),
+        ((16, 64, 64, 64), 32, 3, 2, 1, 1),
+        ((16, 32, 128, 128), 1, 3, 2, 1, 1),
+    ),
+    "mask_rcnn_head": (((100, 256, 14, 14), 256, 2, 2, 0, 0),),
+}
+
+
+def convolutions() -> list[Case]:
+    """As cases of benchmarks/conv_transpose.py, by whose data ``auto`` chooses."""
+    return [
+        Case(f"{model} {i}", *sizes, tail="bias_relu")
+        for model, of_model in CONVOLUTIONS.items()
+        for i, sizes in enumerate(of_model, 1)
+    ]
 
 
 if __name__ == "__main__":
