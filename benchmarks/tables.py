@@ -7,6 +7,7 @@ python -m benchmarks.tables --check    # exit code 1 where README.md has others
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import statistics
@@ -80,8 +81,37 @@ def training() -> str:
     return "\n".join(lines)
 
 
+def whole(name: str) -> str:
+    """Milliseconds of whole models, how many of their sites are fused, and the speedup over the best peer."""
+    lines = [
+        "| model | dtype | fused | eager | Inductor | max-autotune | fused_post | speedup | with the host |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = load(f"{name}_nvidia-h200.json")
+    for row in sorted(rows, key=lambda row: int(row["case"]) if row["case"].isdigit() else 0):
+        columns = {name: column for name, column in row["contenders"].items() if "ms" in column}
+        fused = sum(site["kernel"] == "fused" for site in row["sites"])
+        cells = [row["case"], LAYOUT[row["dtype"]], f"{fused} of {len(row['sites'])}"]
+        cells += [f"{columns[name]['ms']:.3f}" if name in columns else "-" for name in (*PEERS, "fused_post")]
+        for unit in ("ms", "wall_ms"):
+            best = min((columns[name][unit] for name in PEERS if name in columns), default=None)
+            ours = columns.get("fused_post", {}).get(unit)
+            cells.append(f"{best / ours:.2f}x" if best and ours else "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "inference": inference,
+    "training": training,
+    "kernelbench": functools.partial(whole, "kernelbench"),
+    "models": functools.partial(whole, "models"),
+}
+
+
 def written(text: str) -> str:
-    for name, table in (("inference", inference), ("training", training)):
+    for name in dict.fromkeys(re.findall(r"<!-- (\w+) -->", text)):
+        table = TABLES[name]
         mark = re.escape(f"<!-- {name} -->")
         text, found = re.subn(
             f"({mark}\n).*?({mark})", lambda m, t=table: f"{m[1]}{t()}\n{m[2]}", text, flags=re.DOTALL

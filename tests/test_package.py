@@ -100,4 +100,5 @@ def test_the_tables_of_the_readme_are_those_of_the_data() -> None:
     from benchmarks.tables import written
 
     readme = (ROOT / "README.md").read_text()
+    assert "<!-- inference -->" in readme and "<!-- training -->" in readme
     assert written(readme) == readme, "python -m benchmarks.tables"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import models, rows
+from benchmarks import models, rows, tables
 from benchmarks.whole import Entry, RoundedToTF32, Row, in_order, main, parts, relative
 
 ROOT = Path(__file__).parents[2]
@@ -104,3 +104,20 @@ def test_the_command_measures_and_writes_a_row(tmp_path: Path) -> None:
     (row,) = json.loads(out.read_text())["rows"]
     assert row["case"] == "16" and len(row["sites"]) == 1
     assert {name for name, column in row["contenders"].items() if "ms" in column} == {"eager", "fused_post"}
+
+
+def test_a_table_of_whole_models_has_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    contenders = {
+        "eager": {"error": 1e-7, "ms": 3.0, "wall_ms": 4.0},
+        "inductor": {"error": 1e-7, "ms": 2.0, "wall_ms": 3.0},
+        "fused_post": {"error": 1e-7, "ms": 1.0, "wall_ms": 2.0},
+        "inductor max-autotune": {"raised": "TimeoutError: too late"},
+    }
+    row = {"case": "20", "dtype": "float32", "sites": [{"kernel": "fused"}, {"kernel": None}], "contenders": contenders}
+    wrong = row | {"case": "3", "contenders": contenders | {"fused_post": {"error": 1.0}}}
+    monkeypatch.setattr(tables, "load", lambda name: [row, wrong])
+    before, *table, after = tables.written("<!-- kernelbench -->\n<!-- kernelbench -->").splitlines()
+    assert before == after and table[2:] == [
+        "| 3 | fp32 | 1 of 2 | 3.000 | 2.000 | - | - | - | - |",
+        "| 20 | fp32 | 1 of 2 | 3.000 | 2.000 | - | 1.000 | 2.00x | 1.50x |",
+    ]
