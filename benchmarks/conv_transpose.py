@@ -123,8 +123,9 @@ class Row:
             conv.to(memory_format=torch.channels_last if case.rank == 2 else torch.channels_last_3d)
         self.weight = conv.weight.detach()
         axis = Axis(case.kernel, case.stride, case.padding, case.output_padding)
-        self.problem = kernels.problem_for(self.x, self.weight, [axis] * case.rank, 1, last, True)
-        self.out = empty(case.y, self.x, last)
+        self.out_last = last and case.rank > 1  # as eager's: in one dimension cuDNN's result is contiguous
+        self.problem = kernels.problem_for(self.x, self.weight, [axis] * case.rank, 1, self.out_last, True)
+        self.out = empty(case.y, self.x, self.out_last)
         self.values = folded(case.tail, conv.bias.detach().float(), self.model.bias.detach().float().flatten())
 
     def laid_out(self, x: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ class Row:
         tensors, numbers = split(self.values)
 
         def run(x: Tensor, weight: Tensor, *tensors: Tensor | None) -> Tensor:
-            return kernels.conv_transpose(x, weight, *sizes, *tensors, *numbers, self.last, True, plan.name)
+            return kernels.conv_transpose(x, weight, *sizes, *tensors, *numbers, self.out_last, True, plan.name)
 
         compiled = torch.compile(run, fullgraph=True, dynamic=False)
         return lambda: compiled(self.x, self.weight, *tensors)
@@ -209,7 +210,9 @@ class Row:
         turned = any(plan.turned for plan in general)
         few = [plan for plan in marches if not plan.turned][:2]
         few += [plan for plan in marches if plan.turned and self.dtype.itemsize == 2][:1]
-        return hopper + (few or [plan for plan in general if plan.turned == turned][:4])
+        general = [plan for plan in general if plan.turned == turned]
+        back = [plan for plan in general if plan.back]
+        return hopper + (few or [plan for plan in general if not plan.back][:4] + back[:2])
 
     def contenders(self, plans: str, inductor: tuple[str, ...]) -> dict[str, Callable[[], Tensor]]:
         chosen = self.chosen

@@ -36,7 +36,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_true
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
-from fusion_backend.kernels import epilogue, hopper_march, hopper_strips, row_march, strips
+from fusion_backend.kernels import epilogue, hopper_march, hopper_strips, packing, row_march, strips
 from fusion_backend.kernels.arguments import axes_for, check_inputs
 from fusion_backend.kernels.coefficients import (
     Coefficient,
@@ -52,6 +52,7 @@ from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.gate import EVERYTHING, Gate, passes_gate, store_bits
 from fusion_backend.kernels.launching import runs, takes_long_offsets, unit_of
 from fusion_backend.kernels.layout import empty, is_channels_last
+from fusion_backend.kernels.packing import Packing
 from fusion_backend.kernels.phases import Axis
 from fusion_backend.kernels.plans import Plan, choose_plan, plan_named, plans_for
 from fusion_backend.kernels.problem import Problem, problem_for
@@ -67,7 +68,7 @@ from fusion_backend.kernels.program import (
 )
 from fusion_backend.kernels.program import reference as run_program
 from fusion_backend.kernels.rounding import cdiv
-from fusion_backend.kernels.tf32 import round_to_tf32, rounded_to_tf32
+from fusion_backend.kernels.tf32 import rounded_to_tf32
 from fusion_backend.kernels.tiling import Tiling, choose_tiling, tiling_for, tilings, why_no_bits
 
 # In an image, of x or of the output: pixels, also those that fill a row of phases up, are counted in 32 bits.
@@ -497,16 +498,10 @@ def _conv_transpose_kernel(
 
 
 def pack(weight: torch.Tensor, problem: Problem, tiling: Tiling) -> torch.Tensor:
-    """[groups, C_out * taps, C_in], C_in filled up with zeros to whole blocks, and rounded where the product is TF32.
-
-    A transposition, which compilers know how to do at the speed of a copy.
-    """
-    packed = weight.reshape(problem.groups, problem.C_in, -1).transpose(1, 2)
-    packed = packed.clone(memory_format=torch.contiguous_format)
-    if problem.tf32 and problem.dot:
-        packed = round_to_tf32(packed)
-    missing = -problem.C_in % tiling.block_k
-    return F.pad(packed, (0, missing)) if missing else packed
+    """[groups * C_out * taps, C_in], C_in filled up to whole blocks, and rounded where the product is TF32."""
+    depth = cdiv(problem.C_in, tiling.block_k) * tiling.block_k
+    rounded = problem.tf32 and problem.dot
+    return packing.pack(weight, problem.groups, Packing(problem.C_out, depth, by_tap=False, rounded=rounded))
 
 
 def launch(
@@ -655,6 +650,8 @@ def _why_no_bits(plan: Plan, problem: Problem, W_out: int) -> str | None:
         return "the march on Hopper writes none"
     if isinstance(plan.config, strips.Config):
         return strips.why_no_bits(plan.problem(problem), plan.config, W_out)
+    if plan.back:
+        return "they would be those of the workspace"
     tiling = tiling_for(plan.problem(problem), plan.config)
     assert tiling is not None, "a plan fits"
     return why_no_bits(plan.problem(problem), tiling, W_out)
@@ -664,7 +661,7 @@ def _plan(problem: Problem, x: torch.Tensor, name: str | None, tensors: int = 0)
     """The plan of that name; the rule's where there is none, or where x has another layout than the name is for.
 
     Tracers do not always agree on the strides of what an operation returns. Where a march has no room for the tensors
-    of a program, a march that has, or else the general kernel.
+    of a program, a march that has, or else the general kernel; these tensors are the result's, and no workspace's.
     """
     plan = choose_plan(problem, x.shape) if name is None else plan_named(problem, name)
     if plan is None and name is not None and plan_named(replace(problem, x_last=not problem.x_last), name):
@@ -672,6 +669,8 @@ def _plan(problem: Problem, x: torch.Tensor, name: str | None, tensors: int = 0)
     if plan is None:
         known = [each.name for each in plans_for(problem)]
         raise ValueError(f"plan is {name!r}; allowed for this convolution are {known}")
+    if plan.back and tensors:
+        plan = Plan(choose_tiling(Plan(plan.config, plan.turned).problem(problem)).config, plan.turned)
     rest = plan.problem(problem)
     if isinstance(plan.config, strips.Config) and not strips.has_room(rest, plan.config, tensors):
         configs = (config for config in strips.configs_for(rest) if strips.has_room(rest, config, tensors))
@@ -712,7 +711,13 @@ def launch_plan(
     if plan.turned:
         turned = empty(x.shape, x, True)
         epilogue.launch(turned, x, NO_COEFFICIENTS)
-        x, problem = turned, plan.problem(problem)
+        x = turned
+    problem = plan.problem(problem)
+    if plan.back:
+        turned = empty(out.shape, out, True)
+        launch_plan(turned, x, packed, problem, Plan(plan.config), coefficients, program=program)
+        epilogue.launch(out, turned, NO_COEFFICIENTS)
+        return
     if isinstance(plan.config, strips.Config):
         march = strips.march_for(problem, x.shape, plan.config)
         row_march.launch(out, x, packed, problem, march, coefficients, bits, gate, program)

@@ -28,9 +28,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from fusion_backend.kernels import hopper_strips
+from fusion_backend.kernels import hopper_strips, packing
 from fusion_backend.kernels.arguments import axes_for, check_inputs
 from fusion_backend.kernels.coefficients import Coefficients, Tensors, check_coefficients, coefficients_for
 from fusion_backend.kernels.hopper_form import Form
@@ -45,9 +44,10 @@ from fusion_backend.kernels.hopper_strips import (
 )
 from fusion_backend.kernels.launching import unit_of
 from fusion_backend.kernels.layout import empty, is_channels_last
+from fusion_backend.kernels.packing import Packing
 from fusion_backend.kernels.problem import Problem, is_hopper, problem_for
+from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.strips import block_k_of, three_sizes, turned
-from fusion_backend.kernels.tf32 import round_to_tf32
 
 log = logging.getLogger(__name__)
 
@@ -73,23 +73,14 @@ def why_not(problem: Problem) -> str | None:
 
 
 def pack(weight: torch.Tensor, problem: Problem, config: Config) -> torch.Tensor:
-    """[taps * C_out, C_in], both filled up with zeros to whole blocks, and rounded where the product is TF32.
+    """[taps * C_out, C_in], both filled up to whole blocks, and rounded where the product is TF32.
 
     For a channels_last output, columns are permuted so that a thread's are neighbours: of a product's column
     8*i + 2*t + j, lane t holds the values.
     """
-    packed = weight.reshape(problem.C_in, problem.C_out, -1).permute(2, 1, 0)
-    packed = packed.clone(memory_format=torch.contiguous_format)
-    if problem.tf32:
-        packed = round_to_tf32(packed)
-    missing = (block_k_of(problem) - problem.C_in, -problem.C_out % config.channels)
-    if any(missing):
-        packed = F.pad(packed, (0, missing[0], 0, missing[1]))
-    taps, C_out, depth = packed.shape
-    if problem.out_last:
-        neighbours = min(8 // problem.dtype.itemsize, config.channels // 8)
-        packed = packed.view(taps, -1, 4, neighbours, 2, depth).transpose(2, 3)
-    return packed.reshape(taps * C_out, depth)
+    C_out = cdiv(problem.C_out, config.channels) * config.channels
+    neighbours = min(8 // problem.dtype.itemsize, config.channels // 8) if problem.out_last else 1
+    return packing.pack(weight, 1, Packing(C_out, block_k_of(problem), True, neighbours, problem.tf32))
 
 
 @dataclass(frozen=True)
@@ -258,8 +249,7 @@ def _give_up(raised: Exception) -> None:
     log.warning("the Gluon kernel does not run here, from now on others do: %s: %s", type(raised).__name__, first)
 
 
-@torch.library.custom_op("fused_post::conv_transpose_hopper", mutates_args=(), tags=(torch.Tag.flexible_layout,))
-def conv_transpose_hopper(
+def _conv_transpose_hopper(
     x: torch.Tensor,
     weight: torch.Tensor,
     packed: torch.Tensor,
@@ -316,7 +306,15 @@ def conv_transpose_hopper(
     )
 
 
-@conv_transpose_hopper.register_fake
+# Not by custom_op, whose layers take the host longer than everything here.
+NAME = "fused_post::conv_transpose_hopper"
+SCHEMA = torch.library.infer_schema(_conv_transpose_hopper, mutates_args=())
+torch.library.define(NAME, SCHEMA, tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
+torch.library.impl(NAME, "default", _conv_transpose_hopper)
+conv_transpose_hopper = torch.ops.fused_post.conv_transpose_hopper.default
+
+
+@torch.library.register_fake(NAME)
 def _(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -4,6 +4,7 @@
     march     ``row_march``, where the weight's taps fit in shared memory
     general   ``conv_transpose``, for all there is
     turned    either of the latter behind a pass that makes a contiguous x channels_last, at about a copy's speed
+    back      general into a channels_last workspace of the result's size, and a pass that makes that contiguous
 
 A plan has a name, by which a measurement, a compiled graph and a report speak of it. What is chosen without a name is a
 rule, read off benchmarks/results/conv_transpose-nvidia-h200-first.json: march where it can, and turn x for the general
@@ -21,10 +22,14 @@ from fusion_backend.kernels.rounding import cdiv
 
 @dataclass(frozen=True)
 class Plan:
-    """A configuration of a march or of the general kernel; ``turned``: x is made channels_last first."""
+    """A configuration of a march or of the general kernel; ``turned``: x is made channels_last first.
+
+    ``back``: the result is channels_last at first.
+    """
 
     config: hopper_strips.Config | strips.Config | tiling.Config
     turned: bool = False
+    back: bool = False
 
     @property
     def is_march(self) -> bool:
@@ -45,7 +50,8 @@ class Plan:
         else:
             size = f"{self.config.rows}x{self.config.columns}x{self.config.depth_bytes}"
         turned = "turned " if self.turned else ""
-        return f"{turned}{size}, {self.config.num_warps} warps, {self.config.num_stages} stages"
+        back = ", turned back" if self.back else ""
+        return f"{turned}{size}, {self.config.num_warps} warps, {self.config.num_stages} stages{back}"
 
     def packed_bytes(self, problem: Problem) -> int:
         """Of the weight as the kernel reads it, filled up to whole blocks."""
@@ -59,8 +65,8 @@ class Plan:
         return taps * problem.groups * problem.C_out * C_in * problem.dtype.itemsize
 
     def problem(self, problem: Problem) -> Problem:
-        """What is left of the problem where x has been turned."""
-        return replace(problem, x_last=True) if self.turned else problem
+        """What is left of the problem for the kernel itself."""
+        return replace(problem, x_last=problem.x_last or self.turned, out_last=problem.out_last or self.back)
 
 
 def plans_for(problem: Problem) -> Iterator[Plan]:
@@ -72,6 +78,8 @@ def plans_for(problem: Problem) -> Iterator[Plan]:
         if strips.why_not(rest) is None:
             yield from (Plan(config, turned) for config in strips.configs_for(rest))
         yield from (Plan(each.config, turned) for each in tiling.tilings(rest))
+        if _can_turn_back(rest):
+            yield from (Plan(each.config, turned, back=True) for each in tiling.tilings(replace(rest, out_last=True)))
 
 
 def plan_named(problem: Problem, name: str) -> Plan | None:
@@ -90,3 +98,9 @@ def choose_plan(problem: Problem, shape: tuple[int, ...]) -> Plan:
 def _can_turn(problem: Problem) -> bool:
     """Tensor cores read x in whole blocks of channels; turning fewer moves more bytes than it saves."""
     return problem.dot and not problem.exact and not problem.x_last and problem.C_in >= SMALLEST_EDGE
+
+
+def _can_turn_back(problem: Problem) -> bool:
+    """Where a tile has too few phases for whole 32-byte sectors of a contiguous row of float32."""
+    few = problem.axes[2].stride > tiling.MOST_JOINED
+    return problem.tf32 and problem.dot and problem.x_last and not problem.out_last and few

@@ -25,15 +25,16 @@ ceil(kernel / stride) - 1 rows first. Beyond its edge x counts as zero, so a wei
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction
 
+from fusion_backend.kernels import packing
 from fusion_backend.kernels.coefficients import Coefficients, apply_coefficients, load_coefficient
 from fusion_backend.kernels.gate import EVERYTHING, Gate, passes_gate, store_bits
 from fusion_backend.kernels.launching import takes_long_offsets, unit_of
+from fusion_backend.kernels.packing import Packing
 from fusion_backend.kernels.problem import Problem
 from fusion_backend.kernels.program import (
     NO_PROGRAM,
@@ -44,8 +45,9 @@ from fusion_backend.kernels.program import (
     load_vectors,
     tensors_of,
 )
+from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.strips import Config, March, along_d, block_k_of, three_sizes, turned
-from fusion_backend.kernels.tf32 import round_to_tf32, rounded_to_tf32
+from fusion_backend.kernels.tf32 import rounded_to_tf32
 
 
 @triton.jit
@@ -403,13 +405,9 @@ def _row_march_kernel(
 
 
 def pack(weight: torch.Tensor, problem: Problem, config: Config) -> torch.Tensor:
-    """[taps, C_out, C_in], both filled up with zeros to whole blocks, and rounded where the product is TF32."""
-    packed = weight.reshape(problem.C_in, problem.C_out, -1).permute(2, 1, 0)
-    packed = packed.clone(memory_format=torch.contiguous_format)
-    if problem.tf32:
-        packed = round_to_tf32(packed)
-    missing = (block_k_of(problem) - problem.C_in, -problem.C_out % config.channels)
-    return F.pad(packed, (0, missing[0], 0, missing[1])) if any(missing) else packed
+    """[taps * C_out, C_in], both filled up to whole blocks, and rounded where the product is TF32."""
+    C_out = cdiv(problem.C_out, config.channels) * config.channels
+    return packing.pack(weight, 1, Packing(C_out, block_k_of(problem), by_tap=True, rounded=problem.tf32))
 
 
 def launch(
