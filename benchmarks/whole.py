@@ -7,6 +7,7 @@ measured one after the other while all others wait. A row's contenders run in tu
 ``wall_ms``     on a GPU also the time on the wall, with what the host takes for it
 ``peak_bytes``  device memory above parameters and inputs, so with the output
 ``tf32_error``  what rounding to TF32 alone makes of the result, where that is allowed
+``in_rule``     whether the error is at most twice eager's and a tenth of the tolerance; TF32's is not if eager has none
 
 Max-autotune is without CUDA graphs, as all are; it is compiled last, and what is not ready in time is not measured.
 What Inductor tunes, it tunes while other rows are prepared. A contender that is wrong, or that raises, is not timed:
@@ -100,6 +101,7 @@ class Row:
         eagers = self.model(*self.inputs)
         self.y = tuple(eagers.shape)
         error = relative(zip(ends(eagers), exact, strict=True))
+        rule = 2 * error + TOLERANCE[self.dtype] / 10
         if self.dtype == torch.float32 and self.device == "cuda" and torch.backends.cudnn.allow_tf32:
             # Where a contender takes TF32 and cuDNN, which may too, takes none, its rounding is the measure.
             with RoundedToTF32():
@@ -117,7 +119,8 @@ class Row:
             except Exception as raised:  # one contender that cannot run must not hide the others
                 self.columns[name] = {"raised": words(raised)}
                 continue
-            self.columns[name] = {"error": error, "prepared_s": round(time.monotonic() - begun, 1)}
+            self.columns[name] = {"error": error, "in_rule": error <= rule}
+            self.columns[name]["prepared_s"] = round(time.monotonic() - begun, 1)
             if error <= allowed and apart <= 2 * allowed:
                 self.correct[name] = functools.partial(run, *self.inputs)
 
@@ -273,6 +276,11 @@ def main(
             data["rows"].append(row | outcome)
             show(row | outcome)
             kernels = Counter(site["kernel"] or "missed" for site in outcome["sites"])
+            outside = [name for name, column in outcome["contenders"].items() if column.get("in_rule") is False]
+            if outside:
+                print(
+                    f"  {', '.join(outside)}: more than twice eager's error; TF32 alone makes {outcome['tf32_error']}"
+                )
             print(f"  sites: {', '.join(f'{count} {kernel}' for kernel, count in kernels.items())}")
         data["seconds"] = round(time.monotonic() - start, 1)
         out.write_text(json.dumps(data, indent=1) + "\n")
