@@ -7,6 +7,7 @@ python -m benchmarks.tables --check    # exit code 1 where a file has others
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -148,22 +149,44 @@ def training() -> str:
     return table(header, lines)
 
 
-# Where each table stands, between two marks of its name.
+def whole(name: str) -> str:
+    """Milliseconds of whole models, how many of their sites are fused, and the speedup over the best peer."""
+    lines = []
+    rows = load(f"{name}_nvidia-h200.json")
+    for row in sorted(rows, key=lambda row: int(row["case"]) if row["case"].isdigit() else 0):
+        columns = {name: column for name, column in row["contenders"].items() if "ms" in column}
+        fused = sum(site["kernel"] == "fused" for site in row["sites"])
+        cells = [row["case"], DTYPE[row["dtype"]], f"{fused} of {len(row['sites'])}"]
+        cells += [f"{columns[name]['ms']:.3f}" if name in columns else "-" for name in (*PEERS, OURS)]
+        for unit in ("ms", "wall_ms"):
+            best = min((columns[name][unit] for name in PEERS if name in columns), default=None)
+            ours = columns.get(OURS, {}).get(unit)
+            cells.append(f"{best / ours:.2f}x" if best and ours else "-")
+        lines.append(cells)
+    ways = "eager | Inductor | max-autotune | fused_post | speedup | with the host"
+    return table(f"| model | dtype | fused | {ways} |", lines)
+
+
+# Each stands between two marks of its name.
 TABLES = {
-    "README.md": (inference, training),
-    "docs/performance.md": (growth, memory, counters),
+    "inference": inference,
+    "training": training,
+    "growth": growth,
+    "memory": memory,
+    "counters": counters,
+    "kernelbench": functools.partial(whole, "kernelbench"),
+    "models": functools.partial(whole, "models"),
 }
+FILES = ("README.md", "docs/performance.md")
 
 
-def written(name: str) -> str:
-    """The file of this name with the tables of the data."""
-    text = (ROOT / name).read_text()
-    for function in TABLES[name]:
-        mark = re.escape(f"<!-- {function.__name__} -->")
+def written(text: str) -> str:
+    for name in dict.fromkeys(re.findall(r"<!-- (\w+) -->", text)):
+        mark = re.escape(f"<!-- {name} -->")
         text, found = re.subn(
-            f"({mark}\n).*?({mark})", lambda m, f=function: f"{m[1]}{f()}\n{m[2]}", text, flags=re.DOTALL
+            f"({mark}\n).*?({mark})", lambda m, name=name: f"{m[1]}{TABLES[name]()}\n{m[2]}", text, flags=re.DOTALL
         )
-        assert found == 1, f"{name} has no two marks {function.__name__}"
+        assert found == 1, f"there are no two marks {name}"
     return text
 
 
@@ -171,9 +194,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    stale = [name for name in TABLES if written(name) != (ROOT / name).read_text()]
-    for name in [] if check else stale:
-        (ROOT / name).write_text(written(name))
+    texts = {ROOT / name: (ROOT / name).read_text() for name in FILES}
+    stale = {path: written(text) for path, text in texts.items() if written(text) != text}
+    for path, text in ({} if check else stale).items():
+        path.write_text(text)
     return int(check and bool(stale))
 
 
