@@ -9,9 +9,9 @@ the error against float64. All of a row run in turn, each as a CUDA graph of one
 is the device's time. The kernels alone get a packed weight and ready coefficients; "ours, packing" also packs; and
 "operator" and "fused_post" are the operator and the model, compiled, the fused kernel asked for, with all that belongs
 to a call; "in CUDA graphs" it has the plan that it gets there. Beside what is compiled stands how long the host takes
-over a call. Rows
-are prepared (compiled and checked) by many processes at once, and then measured one after the other while all others
-wait. The data go to benchmarks/results as JSON after every row. Exit code 1 where one of ours is wrong or fails.
+over a call, and how much memory it takes at most, the result included. Rows are prepared (compiled and checked) by
+many processes at once, and then measured one after the other while all others wait. The data go to benchmarks/results
+as JSON after every row. Exit code 1 where one of ours is wrong or fails.
 
 "around" is the seed's shape grown and shrunk by powers of two, "decoders" shapes of U-Nets, GANs, vocoders and volumes,
 "kernelbench" and "models" those of these benchmarks: what ``auto`` chooses by (``python -m benchmarks.evidence``).
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import functools
 import json
 import math
@@ -40,7 +39,7 @@ from torch import Tensor, nn
 
 from benchmarks import kernelbench, models, rows
 from benchmarks.cases import CASES, Case
-from benchmarks.measure import TOLERANCE, environment, in_turn, summary
+from benchmarks.measure import TOLERANCE, environment, in_turn, peak_bytes, summary
 from benchmarks.sites import backend
 from fusion_backend import evidence
 from fusion_backend.kernels import conv_transpose as kernels
@@ -230,9 +229,9 @@ class Row:
             fused = torch.compile(self.model, backend=backend(), fullgraph=True, dynamic=False, options=options)
             contenders["fused_post"] = lambda: fused(self.x)
             if plans != "few":
-                # A module of its own: Dynamo would find the other's code, compiled with another plan.
-                twin = copy.deepcopy(self.model)
-                graphed = torch.compile(twin, backend=backend(), fullgraph=True, dynamic=False, options=options)
+                # With an option more, and that Inductor's default: Dynamo would find the other's code, and its plan.
+                other = options | {"triton.unique_kernel_names": True}
+                graphed = torch.compile(self.model, backend=backend(), fullgraph=True, dynamic=False, options=other)
                 contenders["fused_post in CUDA graphs"] = lambda: self.replayed(graphed)
         for name in inductor:
             # Without CUDA graphs of their own, since every contender is run as one.
@@ -282,9 +281,10 @@ class Row:
             columns[name] |= summary(times)
         if self.times_host:
             torch._dynamo.reset()  # what was compiled for other rows since, which guards would have to tell apart
-            for name in self.correct:
-                if name in self.compiled:
-                    columns[name]["host_us"] = host_us(self.compiled[name])
+            for name, run in self.compiled.items():
+                if name in self.correct:
+                    columns[name]["host_us"] = host_us(run)
+                    columns[name]["peak_bytes"] = peak_bytes(run)
         best = min((columns[name]["ms"] for name in PEERS if name in self.correct), default=math.nan)
         moved = self.x.nbytes + self.out.nbytes + self.weight.nbytes
         for name in self.correct:

@@ -234,7 +234,7 @@ def problem_of(site: Site, relayout: bool = False) -> tuple[Problem, tuple[int, 
     if relayout:
         problem = replace(problem, x_last=True, out_last=True)
     spans = (cdiv(axis.output_size(size), axis.stride) for axis, size in zip(axes, shape[2:], strict=True))
-    hopper = problem.hopper and site.program is None  # which that march does not take
+    hopper = problem.hopper and not (site.program and site.program.tensors)  # which that march does not take
     return replace(problem, positions=shape[0] * math.prod(spans), hopper=hopper), shape
 
 

@@ -36,7 +36,15 @@ from torch.fx.experimental.symbolic_shapes import guard_or_true
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
-from fusion_backend.kernels import epilogue, hopper_march, hopper_strips, packing, row_march, strips
+from fusion_backend.kernels import (
+    epilogue,
+    hopper_march,
+    hopper_march_training,
+    hopper_strips,
+    packing,
+    row_march,
+    strips,
+)
 from fusion_backend.kernels.arguments import axes_for, check_inputs
 from fusion_backend.kernels.coefficients import (
     Coefficient,
@@ -596,7 +604,7 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """What ``conv_transpose`` returns and, with a gate, its bits; then None where no kernel can write these.
 
-    There are no bits behind a program, and the march on Hopper takes none.
+    There are no bits behind a program. They are written by the march on Hopper, where that can.
     """
     groups = int(groups)
     check_inputs(x, weight, groups)
@@ -617,10 +625,14 @@ def run(
     if runs(_conv_transpose_kernel, x) and indexable:
         compiled = isinstance(_conv_transpose_kernel, JITFunction)
         problem = problem_for(x, weight, axes, groups, out_last, allow_tf32, compiled)
-        problem = replace(problem, hopper=problem.hopper and not program.text)
         tensors_read = sum(tensor is not None for tensor in program.tensors)
-        general = (Plan(tiling.config) for tiling in (choose_tiling(problem), *tilings(problem)))
-        candidates = [_plan(problem, x, plan_name, tensors_read), *general] if compiled else [*general]
+        columns = 0 if program.vectors is None else int(program.vectors.shape[1])
+        problem = replace(problem, hopper=problem.hopper and not tensors_read)
+        candidates = [Plan(tiling.config) for tiling in (choose_tiling(problem), *tilings(problem))]
+        if compiled:
+            candidates = [_plan(problem, x, plan_name, tensors_read, columns), *candidates]
+        if compiled and gate is not None and plan_name is None:
+            candidates = [*(each for each in plans_for(problem) if each.is_hopper), *candidates]
         plan = next((each for each in candidates if gate is None or not _why_no_bits(each, problem, sizes[-1])), None)
     if gate is not None and plan is None:
         return None
@@ -628,9 +640,12 @@ def run(
     if plan is not None and plan.is_hopper:
         packed = pack_for(plan, weight, problem)
         axes_of = tuple([int(getattr(axis, name)) for axis in axes] for name in AXIS)
-        y = hopper_march.conv_transpose_hopper(
-            x, weight, packed, *axes_of, *tensors, *numbers, out_last, allow_tf32, plan.name
-        )
+        given = (x, weight, packed, *axes_of, *tensors, *numbers)
+        rest = (out_last, allow_tf32, plan.name)
+        if gate is not None:
+            flags = (gate.lo_open, gate.hi_open, gate.passes_nan)
+            return hopper_march_training.conv_transpose_hopper_training(*given, *flags, *rest)
+        y = hopper_march.conv_transpose_hopper(*given, *rest, program.text, program.vectors)
         return y, y.new_empty(0, dtype=torch.uint8)
     out = empty((x.shape[0], C_out, *sizes), x, out_last)
     bits = out.new_empty(0 if gate is None else cdiv(out.numel(), 8), dtype=torch.uint8)
@@ -647,7 +662,7 @@ def run(
 
 def _why_no_bits(plan: Plan, problem: Problem, W_out: int) -> str | None:
     if isinstance(plan.config, hopper_strips.Config):
-        return "the march on Hopper writes none"
+        return hopper_strips.why_no_bits(problem, W_out)
     if isinstance(plan.config, strips.Config):
         return strips.why_no_bits(plan.problem(problem), plan.config, W_out)
     if plan.back:
@@ -657,11 +672,12 @@ def _why_no_bits(plan: Plan, problem: Problem, W_out: int) -> str | None:
     return why_no_bits(plan.problem(problem), tiling, W_out)
 
 
-def _plan(problem: Problem, x: torch.Tensor, name: str | None, tensors: int = 0) -> Plan:
+def _plan(problem: Problem, x: torch.Tensor, name: str | None, tensors: int = 0, columns: int = 0) -> Plan:
     """The plan of that name; the rule's where there is none, or where x has another layout than the name is for.
 
-    Tracers do not always agree on the strides of what an operation returns. Where a march has no room for the tensors
-    of a program, a march that has, or else the general kernel; these tensors are the result's, and no workspace's.
+    Tracers do not always agree on the strides of what an operation returns. Where a march has no room for what a
+    program reads, so many tensors and columns of vectors, a march that has, or else the general kernel; these tensors
+    are the result's, and no workspace's.
     """
     plan = choose_plan(problem, x.shape) if name is None else plan_named(problem, name)
     if plan is None and name is not None and plan_named(replace(problem, x_last=not problem.x_last), name):
@@ -669,6 +685,8 @@ def _plan(problem: Problem, x: torch.Tensor, name: str | None, tensors: int = 0)
     if plan is None:
         known = [each.name for each in plans_for(problem)]
         raise ValueError(f"plan is {name!r}; allowed for this convolution are {known}")
+    if isinstance(plan.config, hopper_strips.Config) and not hopper_strips.has_room(problem, plan.config, columns):
+        plan = choose_plan(problem, x.shape)
     if plan.back and tensors:
         plan = Plan(choose_tiling(Plan(plan.config, plan.turned).problem(problem)).config, plan.turned)
     rest = plan.problem(problem)

@@ -50,6 +50,7 @@ def _forward(
     gate: Gate | None,
     fused: bool,
     layout: tuple[bool | None, bool],
+    plan: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_inputs(x, weight, groups, (*DTYPES, torch.float64))
     axes_for(x.dim() - 2, weight.shape[2:], *sizes)
@@ -61,7 +62,7 @@ def _forward(
             f"({int(weight.shape[1]) * groups},) of x's dtype, {x.dtype}"
         )
     if fused and bias is None and epilogue.runs_kernel(x):
-        ran = conv_transpose.run(x, weight, *sizes, groups, tensors, numbers, *layout, gate)
+        ran = conv_transpose.run(x, weight, *sizes, groups, tensors, numbers, *layout, gate, plan)
         if ran is not None:
             return ran
 
@@ -104,6 +105,7 @@ def conv_transpose_training(
     fused: bool = False,
     channels_last: bool | None = None,
     allow_tf32: bool = True,
+    plan: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """min(max(scale * conv_transpose(x, weight, bias) + shift, lo), hi) of x's dtype, and one bit an element.
 
@@ -116,8 +118,9 @@ def conv_transpose_training(
     passes no gradient; ``passes_nan``: a NaN does.
 
     The second result is uint8 [ceil(numel / 8)], or [0] where everything passes. ``fused``: by the kernel of
-    ``conv_transpose``, where that runs, can write the bits, and there is no ``bias``; ``channels_last`` and
-    ``allow_tf32`` are for it. Else PyTorch does the convolution, and the epilogue kernel the rest, in place.
+    ``conv_transpose``, where that runs, can write the bits, and there is no ``bias``; ``channels_last``, ``allow_tf32``
+    and ``plan`` are for it: the march on Hopper where that is None and it can write bits, or else the rule's. Else
+    PyTorch does the convolution, and the epilogue kernel the rest, in place.
 
     Differentiable with respect to x, weight, bias and the coefficients that are tensors; a bound only where it is the
     only one. There is no second derivative. Raises ValueError or TypeError for anything else.
@@ -126,7 +129,7 @@ def conv_transpose_training(
     gate = Gate(lo_open, hi_open, passes_nan) if bounded or not passes_nan else None
     tensors, numbers = (scale, shift, lo, hi), (scale_number, shift_number, lo_number, hi_number)
     sizes, layout = (stride, padding, output_padding, dilation), (channels_last, allow_tf32)
-    return _forward(x, weight, bias, sizes, int(groups), tensors, numbers, gate, fused, layout)
+    return _forward(x, weight, bias, sizes, int(groups), tensors, numbers, gate, fused, layout, plan)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

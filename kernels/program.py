@@ -192,7 +192,8 @@ def _instructions(program):
 
 
 @triton.constexpr_function
-def _columns(program):
+def columns_of(program):
+    """Of the vectors that a program names."""
     words = program.replace(";", "").split(" ")
     return 1 + max([int(word[1:]) for word in words if word[:1] == "c" and word[1:].isdigit()] + [-1])
 
@@ -229,7 +230,7 @@ def append(values, value):
 @triton.jit
 def load_vectors(vectors_ptr, channel, next_channel, beyond, PROGRAM: tl.constexpr):
     """The columns of the vectors that a program names, at a tile's channels (see ``load_coefficient``)."""
-    COLUMNS: tl.constexpr = _columns(PROGRAM)
+    COLUMNS: tl.constexpr = columns_of(PROGRAM)
     if beyond is not None:
         next_channel = next_channel * COLUMNS
     vectors = ()
