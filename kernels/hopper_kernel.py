@@ -140,10 +140,11 @@ def _tail(y, cs, numbers, layout: gl.constexpr, FORM: gl.constexpr):
         y = gl.maximum(y, _coefficient(cs, 2, lo, layout, FORM), propagate_nan=tl.PropagateNan.ALL)
     if FORM.kinds[3] != 0:
         y = gl.minimum(y, _coefficient(cs, 3, hi, layout, FORM), propagate_nan=tl.PropagateNan.ALL)
+    PROGRAM: gl.constexpr = FORM.program
     vectors = ()
-    for column in gl.static_range(columns_of(FORM.program)):
+    for column in gl.static_range(columns_of(PROGRAM)):
         vectors = append(vectors, _per_channel(cs, 4 + column, layout, FORM))
-    return apply_program(y, vectors, (), FORM.program), passing
+    return apply_program(y, vectors, (), PROGRAM), passing
 
 
 @gluon.jit
