@@ -30,7 +30,7 @@ from fusion_backend.patterns.coefficient import is_infinite, leaves
 from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import needs_gradient, value_of
-from fusion_backend.surroundings import Surroundings
+from fusion_backend.surroundings import Surroundings, saves_a_pass
 
 UNKNOWN_LAYOUT = "which layout Inductor gives the convolutions beside it cannot be told"
 RELAID_IN_TRAINING = (
@@ -174,12 +174,14 @@ def is_relaid(site: Site, around: Surroundings) -> bool | None:
 def measured_plan(site: Site, options: Options, relayout: bool = False, left: bool = False) -> Prediction | str:
     """What the measurements on this site's GPU say of it, those made now included, or why they say nothing.
 
-    ``left``: Inductor does the rest of the tail, in a pass that the peers fuse with theirs.
+    ``left``: Inductor does the rest of the tail, in a pass that the peers fuse with theirs. Measured peers have a pass
+    for the tail; where the site's would save none, that counts as one on our side.
     """
     found = problem_of(site, relayout)
     if found is None:
         return "its sizes are not known even roughly"
     problem, shape = found
+    left = left or not saves_a_pass(site.whole)
     device = site.convolution.value.device
     gpu = gpu_name(device)
     copied = (_copied_bytes(site, problem, shape) if relayout else 0) + (left and 2 * _result_bytes(problem, shape))
@@ -187,6 +189,9 @@ def measured_plan(site: Site, options: Options, relayout: bool = False, left: bo
     if rate is None and options.measures:
         rate = autotune.copy_rate(device)
     if rate is None:
+        nothing = predict(problem, shape, gpu)
+        if isinstance(nothing, str):
+            return nothing
         return f"it would take copies, for the layout or the tail beside it; how fast {gpu} copies is not measured"
     beside = copied / rate
     if options.measures:
