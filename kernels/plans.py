@@ -65,8 +65,9 @@ class Plan:
         return taps * problem.groups * problem.C_out * C_in * problem.dtype.itemsize
 
     def problem(self, problem: Problem) -> Problem:
-        """What is left of the problem for the kernel itself."""
-        return replace(problem, x_last=problem.x_last or self.turned, out_last=problem.out_last or self.back)
+        """What is left of the problem for the kernel itself: a pass that turns x does the prologue, too."""
+        x_last, out_last = problem.x_last or self.turned, problem.out_last or self.back
+        return replace(problem, x_last=x_last, out_last=out_last, prologue=problem.prologue and not self.turned)
 
 
 def plans_for(problem: Problem) -> Iterator[Plan]:
@@ -91,7 +92,7 @@ def choose_plan(problem: Problem, shape: tuple[int, ...]) -> Plan:
     if strips.why_not(problem) is None:
         return Plan(strips.choose_march(problem, shape).config)
     turned = _can_turn(problem) and problem.axes[2].moves
-    rest = replace(problem, x_last=True) if turned else problem
+    rest = replace(problem, x_last=True, prologue=False) if turned else problem
     return Plan(tiling.choose_tiling(rest).config, turned)
 
 

@@ -162,8 +162,8 @@ def shared_memory(problem: Problem, config: Config) -> int:
     """Bytes: the weight, the rows of x in flight, and a tile of the output on its way to contiguous stores."""
     itemsize, depth = problem.dtype.itemsize, block_k_of(problem)
     taps = math.prod(axis.kernel for axis in problem.axes)
-    # 16-bit x is still being read when the next row is copied; float32 is rounded in registers.
-    late = problem.dtype.itemsize == 2 and problem.shared_limit > LARGE_SHARED_MEMORY
+    # 16-bit x is still being read when the next row is copied; float32 is rounded in registers. With a prologue, any x.
+    late = problem.prologue or (problem.dtype.itemsize == 2 and problem.shared_limit > LARGE_SHARED_MEMORY)
     in_flight = config.num_stages - (not late)
     narrow = _narrow_shifts(problem)
     weight = taps * depth * config.channels * itemsize
