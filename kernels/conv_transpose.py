@@ -104,7 +104,7 @@ def reference(
     program: Program = NO_PROGRAM,
     prologue: Program = NO_PROGRAM,
 ) -> torch.Tensor:
-    """The same in plain PyTorch. In float64 for a float64 x, else in float32; rounded once, and once behind a prologue."""
+    """The same in plain PyTorch. In float64 for a float64 x, else in float32; rounded once, and so is the prologue."""
     compute = torch.promote_types(x.dtype, torch.float32)
     y = CONV_TRANSPOSE[x.dim()](
         run_program(x.to(compute), prologue).to(x.dtype).to(compute),

@@ -1,4 +1,4 @@
-"""Kernels with a prologue, compiled for every kind of GPU: spills, shared memory, products, what Inductor makes of them."""
+"""Kernels with a prologue, compiled for every kind of GPU: spills, shared memory, what Inductor makes of them."""
 
 import re
 from collections import Counter
