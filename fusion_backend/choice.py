@@ -21,8 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fusion_backend import autotune, training
 from fusion_backend.evidence import LEAST_SPEEDUP, Prediction, copy_rate, gpu_name, predict
 from fusion_backend.kernels.arguments import axes_for
-from fusion_backend.kernels.layout import is_channels_last
-from fusion_backend.kernels.plans import choose_plan
+from fusion_backend.kernels.plans import choose_plan, plan_named
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.support import why_unsupported
@@ -109,8 +108,6 @@ def _auto(site: Site, options: Options, around: Surroundings, problem: str | Non
         bare = measured_plan(replace(plain, program=None), options, relayout, left=True)
         if isinstance(found, str) or (isinstance(bare, Prediction) and bare.speedup > found.speedup):
             found, program = bare, False
-    along = None if relayout else _with_prologue(site if program else replace(site, program=None), options, not program)
-    found = along or found
     if isinstance(found, str):
         return _inductor(site, found, saves)
     if options.measures:
@@ -123,25 +120,22 @@ def _auto(site: Site, options: Options, around: Surroundings, problem: str | Non
     packed = f"{found.packed_bytes / 1024:.0f} KiB for the packed weight"
     layout = ", in channels_last like the convolutions beside it" if relayout else ""
     behind = "" if program else ", and a pass of Inductor's behind it"
-    behind += ", what is done to x first included" if along else ""
+    prologue = not relayout and _takes_prologue(site, found.plan)
+    if prologue:
+        behind += ", with the steps before it"
     why = f"{faster}, by {found.plan}{layout}{behind}; {packed}"
-    return Choice("fused", why, plan=found.plan, relayout=relayout, program=program, prologue=along is not None)
+    return Choice("fused", why, plan=found.plan, relayout=relayout, program=program, prologue=prologue)
 
 
-def _with_prologue(site: Site, options: Options, left: bool) -> Prediction | None:
-    """The plan that takes the prologue along, where that saves a pass of Inductor's and the time for it.
+def _takes_prologue(site: Site, plan: str) -> bool:
+    """Whether the prologue costs nothing in the kernel, and a pass outside of it.
 
-    What Inductor works out itself, to be read by the prologue, it works out together with that: there is no pass to
-    save. Plans are those that turn x: others do the prologue whenever they load x, for each tap, and what that costs is
-    not measured. ``left`` is as for ``measured_plan``.
+    It costs nothing where the plan turns x in any case. Elsewhere x is activated whenever it is loaded, for each tap
+    anew, and what that costs is not measured. What Inductor works out itself, it works out together with the prologue.
     """
-    if site.prologue is None or not is_stored(site.prologue.x) or is_channels_last(value_of(site.prologue.x)) is None:
-        return None
-    along = measured_plan(site, options, left=left)
-    if isinstance(along, str) or along.speedup < LEAST_SPEEDUP:
-        return None
-    beside = measured_plan(replace(site, prologue=None), options, left=left, before=True)
-    return along if isinstance(beside, str) or along.speedup > beside.speedup else None
+    before, found = site.prologue, problem_of(replace(site, prologue=None))
+    named = plan_named(found[0], plan) if found is not None else None
+    return before is not None and named is not None and named.turned and is_stored(before.x)
 
 
 def _trained(site: Site, around: Surroundings, problem: str | None, saves: bool) -> Choice:
@@ -196,13 +190,10 @@ def is_relaid(site: Site, around: Surroundings) -> bool | None:
     return None if around.relayout and one else around.relayout
 
 
-def measured_plan(
-    site: Site, options: Options, relayout: bool = False, left: bool = False, before: bool = False
-) -> Prediction | str:
+def measured_plan(site: Site, options: Options, relayout: bool = False, left: bool = False) -> Prediction | str:
     """What the measurements on this site's GPU say of it, those made now included, or why they say nothing.
 
-    ``left``: Inductor does the rest of the tail, in a pass that the peers fuse with theirs. ``before``: it does a
-    prologue in a pass over x; that the peers need one too is not counted.
+    ``left``: Inductor does the rest of the tail, in a pass that the peers fuse with theirs.
     """
     found = problem_of(site, relayout)
     if found is None:
@@ -212,7 +203,6 @@ def measured_plan(
     device = site.convolution.value.device
     gpu = gpu_name(device)
     copied = (_copied_bytes(site, problem, shape) if relayout else 0) + (left and 2 * _result_bytes(problem, shape))
-    copied += before and 2 * math.prod(shape) * problem.dtype.itemsize
     rate = copy_rate(gpu) if copied else math.inf
     if rate is None and options.measures:
         rate = autotune.copy_rate(device)

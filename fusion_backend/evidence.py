@@ -81,7 +81,7 @@ def predict(
     deciding = nearest(problem, shape, measured(gpu), gpu, fewest=1)
     if isinstance(deciding, str):
         return deciding
-    fitting = {plan.name: plan for plan in plans_for(problem) if is_measured(plan, problem)}
+    fitting = {plan.name: plan for plan in plans_for(problem)}
     predictions = [_prediction(problem, case, fitting, replayed, beside) for case in deciding]
     if any(prediction is None for prediction in predictions):
         return f"at a most similar measured case, {deciding[0].name}, no plan of ours that fits here was right"
@@ -128,11 +128,6 @@ def _prediction(
     plan = min(known, key=known.__getitem__)
     speedup = case.peer * growth / (known[plan] + beside)
     return Prediction(plan, speedup, case.name, fitting[plan].packed_bytes(problem))
-
-
-def is_measured(plan: Plan, problem: Problem) -> bool:
-    """Whether the time of the plan says anything of the problem: a prologue costs nothing where x is turned anyway."""
-    return plan.turned or not problem.prologue
 
 
 def counted(plan: Plan, ms: float, replayed: bool) -> float:
