@@ -135,7 +135,9 @@ def _takes_prologue(site: Site, plan: str) -> bool:
     """
     before, found = site.prologue, problem_of(replace(site, prologue=None))
     named = plan_named(found[0], plan) if found is not None else None
-    return before is not None and named is not None and named.turned and is_stored(before.x)
+    if before is None or named is None or not named.turned:
+        return False
+    return is_stored(before.x) and value_of(before.x).is_contiguous()
 
 
 def _trained(site: Site, around: Surroundings, problem: str | None, saves: bool) -> Choice:

@@ -37,10 +37,10 @@ PROLOGUES = {
     "exp": "exp v0",
     "BatchNorm, relu": "affine v0 c0 c1 0.0 -",
     "x * hardsigmoid(x) + 1": "hardsigmoid v0; mul v0 v1; affine v2 - 1.0 - -",
-    "prelu": "leaky_relu v0 c0",
 }
 TAIL = "tanh v0; mul v0 v1"
 TWIN, MARCH_TWIN = (interpreted(module) for module in (conv_transpose, row_march))
+TWIN.launch_plan.__globals__["epilogue"] = interpreted(conv_transpose.epilogue)
 
 
 def in_interpreter(x: Any, weight: Any, conv: Conv, values: Any, prologue: Program, last: bool, tail: str) -> Any:
@@ -80,17 +80,13 @@ def turned_in_interpreter(
     plan = next(plan for plan in plans_for(problem) if plan.turned and not plan.is_march)
     given, seen = coefficients_for(out, *split(values)), []
     launch = TWIN.launch
-    with mock.patch.dict(launch_plan.__globals__, {"launch": lambda *args: seen.append(args) or launch(*args)}):
-        launch_plan(
-            out, x, TWIN.pack_for(plan, weight, problem), problem, plan, given, program=Program(tail), prologue=prologue
-        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TWIN.launch_plan.__globals__, "launch", lambda *args: seen.append(args) or launch(*args))
+        packed = TWIN.pack_for(plan, weight, problem)
+        TWIN.launch_plan(out, x, packed, problem, plan, given, program=Program(tail), prologue=prologue)
     ((*_, before),) = seen
     assert before == NO_PROGRAM
     return out
-
-
-TWIN.launch_plan.__globals__["epilogue"] = interpreted(conv_transpose.epilogue)
-launch_plan = TWIN.launch_plan
 
 
 def check(run: Any, conv: Conv, text: str, dtype: torch.dtype, last: bool, device: str = "cpu", tail: str = "") -> None:
