@@ -90,6 +90,8 @@ def why_not(problem: Problem) -> str | None:
         return f"{problem.C_in} times {problem.C_out} channels are too few for tensor cores"
     if problem.exact:
         return "float32 without TF32 has no tensor cores"
+    if problem.prologue and problem.ahead:
+        return "x that is loaded 2 bytes at a time leaves no registers for what is done to it first"
     if problem.tensor_memory and problem.dtype == torch.float32:
         return "float32, rounded to TF32 in registers, does not go into tensor memory without spills"
     if not configs_for(problem):

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from fusion_backend.kernels import conv_transpose, problem, row_march
 from fusion_backend.kernels.coefficients import coefficients_for
 from fusion_backend.kernels.conv_transpose import reference
-from fusion_backend.kernels.plans import Plan, plans_for
+from fusion_backend.kernels.plans import Plan, choose_plan, plans_for
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.program import NO_PROGRAM, Program
 from fusion_backend.kernels.program import reference as run_program
@@ -214,6 +214,8 @@ def test_the_plans_of_a_problem_with_a_prologue(dtype: torch.dtype) -> None:
         assert any(plan.is_march for plan in those) and any(plan.turned for plan in those) != last
         for plan in those:
             assert plan.turned != plan.problem(found).prologue
+        ruled = choose_plan(found, PUBLIC["seed"].x)
+        assert ruled in those and ruled.is_march and ruled.turned == (dtype == torch.bfloat16 and not last)
 
 
 WIDE = Conv((2, 32, 17, 24), 40, (3,), (2,), (1,), (1,))
