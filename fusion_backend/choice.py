@@ -195,7 +195,8 @@ def is_relaid(site: Site, around: Surroundings) -> bool | None:
 def measured_plan(site: Site, options: Options, relayout: bool = False, left: bool = False) -> Prediction | str:
     """What the measurements on this site's GPU say of it, those made now included, or why they say nothing.
 
-    ``left``: Inductor does the rest of the tail, in a pass that the peers fuse with theirs.
+    ``left``: Inductor does the rest of the tail, in a pass that the peers fuse with theirs. Measured peers have a pass
+    for the tail; where the site's would save none, that counts as one on our side.
     """
     found = problem_of(site, relayout)
     if found is None:
