@@ -74,7 +74,7 @@ def pack(weight: torch.Tensor, groups: int, packing: Packing) -> torch.Tensor:
 def _spelt_out(weight: torch.Tensor, groups: int, packing: Packing) -> torch.Tensor:
     C_out = weight.shape[1]
     if packing.by_tap:
-        packed = weight.reshape(groups, -1, C_out, weight[0, 0].numel()).permute(0, 3, 2, 1)
+        packed = weight.reshape(groups, -1, C_out, math.prod(weight.shape[2:])).permute(0, 3, 2, 1)
     else:  # as one transposition
         packed = weight.reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
     packed = packed.clone(memory_format=torch.contiguous_format)
