@@ -148,7 +148,7 @@ def _rewrite(decision: Decision) -> bool:
         # A GPU adds a convolution's bias in a pass of its own, a CPU does not.
         return rewrite.use_training(site, fused=choice.kernel == "fused", leave_bias=choice.kernel == "inductor")
     if choice.kernel == "fused":
-        return rewrite.use_fused(site, choice.plan, choice.relayout, choice.program)
+        return rewrite.use_fused(site, choice.plan, choice.relayout, choice.program, choice.prologue)
     if choice.kernel == "epilogue":
         return rewrite.use_epilogue(site)
     return choice.folds and rewrite.fold(site)

@@ -46,6 +46,21 @@ def read(module: fx.GraphModule, left: Iterable[fx.Node] = ()) -> Surroundings:
     return Surroundings(functions(module), _relayout(module, [*_ordinary(module), *left]))
 
 
+def is_stored(node: fx.Node) -> bool:
+    """Whether the value lies in memory, whatever reads it: an input of the graph, or what a library computes.
+
+    A bias Inductor adds itself, together with what reads the sum.
+    """
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    transposed = read_convolution(node)
+    if isinstance(transposed, Convolution):
+        return transposed.weight is not None and transposed.bias is None
+    name = aten_name(node.target) or getattr(node.target, "__name__", "")
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    return node.op == "call_function" and name in ("conv1d", "conv3d", *_CONVOLUTIONS) and bias is None
+
+
 def _ordinary(module: fx.GraphModule) -> Iterator[fx.Node]:
     for child in module.modules():
         if isinstance(child, fx.GraphModule):

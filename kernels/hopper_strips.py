@@ -90,6 +90,8 @@ def why_not(problem: Problem) -> str | None:
     """Why the march does not take a problem, in words; None where it does."""
     if problem.groups > 1:
         return f"it has {problem.groups} groups, and a program of the march shares x among all its channels"
+    if problem.prologue:
+        return "something is done to x first, and the copy engine brings it as it is"
     if any(axis.dilation > 1 for axis in problem.axes):
         return "it is dilated"
     if problem.axes[:2] == (Axis(), Axis()):

@@ -8,7 +8,8 @@
 
 A plan has a name, by which a measurement, a compiled graph and a report speak of it. What is chosen without a name is a
 rule, read off benchmarks/results/conv_transpose-nvidia-h200-first.json: march where it can, and turn x for the general
-kernel where taps read x at odd addresses. Everything is worked out without a GPU and without triton.
+kernel where taps read x at odd addresses; with a prologue, which that pass does, also for the march. Everything is
+worked out without a GPU and without triton.
 """
 
 import math
@@ -65,8 +66,9 @@ class Plan:
         return taps * problem.groups * problem.C_out * C_in * problem.dtype.itemsize
 
     def problem(self, problem: Problem) -> Problem:
-        """What is left of the problem for the kernel itself."""
-        return replace(problem, x_last=problem.x_last or self.turned, out_last=problem.out_last or self.back)
+        """What is left of the problem for the kernel itself: a pass that turns x does the prologue, too."""
+        x_last, out_last = problem.x_last or self.turned, problem.out_last or self.back
+        return replace(problem, x_last=x_last, out_last=out_last, prologue=problem.prologue and not self.turned)
 
 
 def plans_for(problem: Problem) -> Iterator[Plan]:
@@ -91,7 +93,9 @@ def choose_plan(problem: Problem, shape: tuple[int, ...]) -> Plan:
     if strips.why_not(problem) is None:
         return Plan(strips.choose_march(problem, shape).config)
     turned = _can_turn(problem) and problem.axes[2].moves
-    rest = replace(problem, x_last=True) if turned else problem
+    rest = replace(problem, x_last=True, prologue=False) if turned else problem
+    if problem.prologue and turned and strips.why_not(rest) is None:
+        return Plan(strips.choose_march(rest, shape).config, turned)
     return Plan(tiling.choose_tiling(rest).config, turned)
 
 

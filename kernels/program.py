@@ -310,3 +310,10 @@ def apply_program(x, vectors, tensors, PROGRAM: tl.constexpr):
     for instruction in tl.static_range(_instructions(PROGRAM)):
         values = append(values, _run(values, vectors, tensors, PROGRAM, instruction))
     return values[_instructions(PROGRAM)]
+
+
+@triton.jit
+def apply_prologue(x, vectors, exists, PROLOGUE: tl.constexpr):
+    """The program's last value, from a tile of v0, in that one's dtype, and zero where no v0 exists."""
+    y = apply_program(x, vectors, (), PROLOGUE).to(x.dtype)
+    return tl.where(exists, y, 0.0)

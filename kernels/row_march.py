@@ -1,6 +1,6 @@
 """y = min(max(a * conv_transpose(x, w) + b, lo), hi), for weights that fit in shared memory: a march along rows of x.
 
-Behind that, a ``program``, as in ``conv_transpose``.
+Behind that, a ``program``, and before it a ``prologue``, as in ``conv_transpose``.
 
 Along one dimension tap k carries input i to output o = stride*i - padding + k. With u = o + padding, input i reaches
 u = stride*i + k for k < kernel: the first ``stride`` of these no later input reaches, the other kernel - stride wait
@@ -41,6 +41,7 @@ from fusion_backend.kernels.program import (
     Program,
     append,
     apply_program,
+    apply_prologue,
     load_tensors,
     load_vectors,
     tensors_of,
@@ -66,6 +67,8 @@ def _x_tiles(
     q,
     sizes,
     per_middle,
+    vectors,
+    PROLOGUE: tl.constexpr,
     FIRST: tl.constexpr,
     SHIFTS: tl.constexpr,
     MOVES: tl.constexpr,
@@ -74,7 +77,10 @@ def _x_tiles(
     BLOCK_K: tl.constexpr,
     TF32: tl.constexpr,
 ):
-    """A row of the strip once for each shift, zero beyond x. The pixels at q are ``at`` from the channels' pointers."""
+    """A row of the strip once for each shift, zero beyond x. The pixels at q are ``at`` from the channels' pointers.
+
+    ``vectors`` are the prologue's.
+    """
     q_m, q_w = q
     M, W = sizes
     xs = ()
@@ -90,6 +96,8 @@ def _x_tiles(
                 here = here & (tl.arange(0, BLOCK_K) < C_IN)[None, :]
             shifted = at + (shift_m * per_middle + shift_w) * PER_PIXEL
             x = tl.load(xs_ptr[None, :] + shifted[:, None], mask=here, other=0.0)
+            if PROLOGUE != "":
+                x = apply_prologue(x, vectors, here, PROLOGUE)
             xs = append(xs, rounded_to_tf32(x) if TF32 else x)
     return xs
 
@@ -202,6 +210,7 @@ def _row_march_kernel(
     vectors_ptr,
     tensor_0_ptr,
     tensor_1_ptr,
+    prologue_vectors_ptr,
     N,
     D,
     H,
@@ -220,6 +229,7 @@ def _row_march_kernel(
     HI_OPEN: tl.constexpr,
     PASSES_NAN: tl.constexpr,
     PROGRAM: tl.constexpr,
+    PROLOGUE: tl.constexpr,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
     X_LAST: tl.constexpr,
@@ -286,6 +296,8 @@ def _row_march_kernel(
     LATE: tl.constexpr = tensors_of(PROGRAM) > 0
     vectors = load_vectors(vectors_ptr, clamped if OUT_LAST or not LATE else clamped.trans(), None, None, PROGRAM)
 
+    in_vectors = load_vectors(prologue_vectors_ptr, tl.minimum(k, C_IN - 1)[None, :], None, None, PROLOGUE)
+
     ws = ()
     for tap in tl.static_range(KERNEL_R * KERNEL_M * KERNEL_W):
         w_ptr = weight_ptr + ((tap * TILES_C * BLOCK_C + channel) * BLOCK_K)[None, :] + k[:, None]
@@ -340,6 +352,8 @@ def _row_march_kernel(
             (q_m, q_w),
             (M, W),
             per_middle,
+            in_vectors,
+            PROLOGUE,
             FIRST,
             SHIFTS,
             MOVES,
@@ -420,6 +434,7 @@ def launch(
     bits: torch.Tensor | None = None,
     gate: Gate = EVERYTHING,
     program: Program = NO_PROGRAM,
+    prologue: Program = NO_PROGRAM,
 ) -> None:
     """Fill ``out`` from ``x``, both dense, that is contiguous or channels_last, and from what ``pack`` returns.
 
@@ -443,6 +458,7 @@ def launch(
         *coefficients.tensors,
         program.vectors,
         *program.tensors,
+        prologue.vectors,
         N,
         D,
         H,
@@ -453,6 +469,7 @@ def launch(
         *coefficients.present,
         *(gate.lo_open, gate.hi_open, gate.passes_nan),
         PROGRAM=program.text,
+        PROLOGUE=prologue.text,
         C_IN=problem.C_in,
         C_OUT=problem.C_out,
         X_LAST=problem.x_last,
