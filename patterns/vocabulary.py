@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from fusion_backend.patterns.activations import ACTIVATIONS
 from fusion_backend.patterns.operation import Operation
-from fusion_backend.patterns.source import aten_name, attribute
+from fusion_backend.patterns.source import aten_name, attribute, is_tensor, same_shape, value_of
 
 _STATISTICS = ("running_mean", "running_var", "training", "momentum", "eps")
 
@@ -75,6 +75,8 @@ class Call:
 
 def read_call(node: fx.Node) -> Call | None:
     """The canonical call that ``node`` is, or None where the vocabulary does not know it."""
+    if _is_reshaped_to_itself(node):
+        return Call(node, _BY_NAME["detach"], {"input": node.args[0]})
     if node.op == "call_module":
         return _read_module(node)
     row, in_place, is_aten = _find(node)
@@ -99,6 +101,18 @@ def word(node: fx.Node) -> str:
     if node.op == "call_module":
         return type(attribute(node.graph.owning_module, str(node.target))).__name__
     return aten_name(node.target) or str(getattr(node.target, "__name__", node.target))
+
+
+def _is_reshaped_to_itself(node: fx.Node) -> bool:
+    """Whether it is another name of its input, as detach is: DAC's activation flattens what is flat."""
+    name = str(node.target) if node.op == "call_method" else aten_name(node.target)
+    if name not in ("reshape", "view") and node.target is not torch.reshape:
+        return False
+    before: Any = value_of(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+    after = value_of(node)
+    if not is_tensor(before) or not is_tensor(after):
+        return False
+    return bool(before.dtype == after.dtype) and same_shape(before.shape, after.shape)
 
 
 def _find(node: fx.Node) -> tuple[Operation | None, bool, bool]:

@@ -158,6 +158,9 @@ TAILS: dict[str, tuple[Tail, str, str]] = {
     "in place, and what it was": (
         before_and_after, "y = x", "v1 = sigmoid(y); v2 = tanh(y); v3 = v1*v2; v4 = v3 - v2"
     ),
+    "reshaped to what it is": (
+        lambda m, y: torch.tanh(y).view(y.shape).mul_(2), "y = x", "v1 = tanh(y); v2 = 2*v1"
+    ),
     "in place, by a second name": (written_through_a_second_name, "y = x", "v1 = sigmoid(y); v2 = 2*v1"),
     "a value that nobody reads": (dead_end, "y = x", "v1 = sigmoid(y)"),
     "a form that is read twice": (twice, "y = x", "v1 = tanh(y); v2 = 2*v1; v3 = max(2*v1 + 1, 0); v4 = v3 + v2"),

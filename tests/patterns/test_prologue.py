@@ -74,6 +74,13 @@ def in_place_behind_a_convolution(m: Any, x: Tensor) -> Tensor:
     return F.leaky_relu_(x + 1, 0.1)
 
 
+def dac(m: Any, x: Tensor) -> Tensor:
+    shape = x.shape
+    x = x.reshape(shape[0], shape[1], 5, -1)
+    x = x + (m.a + 1e-9).reciprocal() * torch.sin(m.a * x).pow(2)
+    return torch.reshape(x, shape)
+
+
 def two_in_place(m: Any, x: Tensor) -> Tensor:
     return m.in_place(F.elu(m.pre(x), inplace=True))
 
@@ -98,12 +105,18 @@ TAKEN: dict[str, tuple[Head, str, list[str]]] = {
         "v1 = a[c]*input; v2 = sin(v1); v3 = square(v2); v4 = truediv[c]*v3; v5 = input + v4",
         [],
     ),
+    "DAC's snake": (
+        dac, "v1 = a[c]*input; v2 = sin(v1); v3 = square(v2); v4 = reciprocal[c]*v3; v5 = input + v4", ["reciprocal"]
+    ),
     "silu by hand": (lambda m, x: x * torch.sigmoid(x), "v1 = sigmoid(input); v2 = input*v1", []),
     "of what others make": (lambda m, x: torch.tanh(x.flip(2)), "v1 = tanh(input)", ["flip"]),
     "what others read, too": (lambda m, x: (m.pre(x), torch.tanh(x))[1], "v1 = tanh(input)", ["conv2d"]),
     "behind a sum": (lambda m, x: F.leaky_relu(m.pre(x) + x, 0.1), "v1 = leaky_relu(input, 0.1)", ["conv2d", "add"]),
     "in place": (lambda m, x: m.in_place(m.pre(x)), "v1 = leaky_relu(input, 0.2)", ["conv2d"]),
     "in place, twice": (two_in_place, "v1 = elu(input, 1, 1, 1); v2 = leaky_relu(v1, 0.2)", ["conv2d"]),
+    "in place, by a view of what is new": (
+        lambda m, x: m.in_place(m.pre(x).view(2, 4, 5, 7)), "v1 = leaky_relu(input, 0.2)", ["conv2d"]
+    ),
     "in place, in new memory": (
         lambda m, x: F.relu(torch.sigmoid(x) * m.a, inplace=True),
         "v1 = sigmoid(input); v2 = max(a[c]*v1, 0)",
@@ -131,7 +144,7 @@ def test_it_becomes_part_of_the_operator(head: Head, steps: str, left: list[str]
 
 @pytest.mark.parametrize("dialect", [name for name in DIALECTS if name not in ("dynamo", "symbolic_trace")])
 @pytest.mark.parametrize(
-    "head", [snake, two_in_place, lambda m, x: m.norm(x).relu()], ids=["snake", "in place", "norm"]
+    "head", [snake, dac, two_in_place, lambda m, x: m.norm(x).relu()], ids=["snake", "dac", "in place", "norm"]
 )
 @torch.no_grad()
 def test_other_dialects(head: Head, dialect: str) -> None:
@@ -170,7 +183,7 @@ def mode_between(m: Any, x: Tensor) -> Tensor:
 
 
 def in_place_on_a_view(m: Any, x: Tensor) -> Tensor:
-    return m.in_place(m.pre(x).view(2, 4, 5, 7))
+    return m.in_place(m.pre(x).narrow(1, 0, 4))
 
 
 def seen_by_a_view(m: Any, x: Tensor) -> Tensor:
@@ -209,6 +222,9 @@ ENDS: dict[str, tuple[Head, str, str]] = {
     "in place on an input": (lambda m, x: m.in_place(x), "it writes to memory that others may read", ""),
     "in place on a view": (in_place_on_a_view, "it writes to memory that others may read", ""),
     "in place, seen by a view": (seen_by_a_view, "it writes to memory that others may read", ""),
+    "in place, by a view of the same shape": (
+        lambda m, x: x.view(2, 4, 5, 7).tanh_(), "it writes to memory that others may read", ""
+    ),
     "in place, by detach": (lambda m, x: x.detach().tanh_(), "it writes to memory that others may read", ""),
     "in place, read by its old name": (result_unread, "its value is also read by leaky_relu_", ""),
     "nothing": (lambda m, x: x.detach(), "it does nothing", ""),
