@@ -43,9 +43,9 @@ VALUES = """
 ## Two values of the tail
 
 A value may be read more than once, as in `x * sigmoid(x)`, if all its readers belong to the tail: `add`, `sub`, `rsub`
-(with a constant `alpha`), `mul`, `div`, `minimum` and `maximum` of two such values are steps. `detach()`, `clone()` and a
-reshape to the same shape are taken along. So is a tensor of the convolution's shape, dtype and memory format in the place of one of the two, a
-residual or a mask: at most two of them, and without `alpha`.
+(with a constant `alpha`), `mul`, `div`, `minimum` and `maximum` of two such values are steps. `detach()`, `clone()` and
+a reshape to the same shape are taken along. So is a tensor of the convolution's shape, dtype and memory format in the
+place of one of the two, a residual or a mask: at most two of them, and without `alpha`.
 
 ## Activations
 
