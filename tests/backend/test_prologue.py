@@ -232,8 +232,7 @@ def test_auto_leaves_steps_to_inductor_where_x_is_taken_as_it_is_or_laid_out_wit
         assert site.kernel == "fused" and why in site.reason and site.prologue == ""
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "last"), [(torch.float32, True), (torch.bfloat16, False)], ids=str)
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU_MARKS)])
 @pytest.mark.parametrize("head", HEADS)
 @torch.no_grad()
