@@ -175,6 +175,7 @@ BACKS = {
 
 
 @every_implementation
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("to_last", [False, True], ids=["to contiguous", "to channels_last"])
 @pytest.mark.parametrize("name", BACKS)
