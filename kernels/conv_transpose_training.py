@@ -64,6 +64,7 @@ def _forward(
     fused: bool,
     layout: tuple[bool | None, bool],
     program: Program = NO_PROGRAM,
+    learned: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_inputs(x, weight, groups, (*DTYPES, torch.float64))
     axes_for(x.dim() - 2, weight.shape[2:], *sizes)
@@ -88,7 +89,8 @@ def _forward(
         y = y.contiguous()
     if program.text:
         again = fused and bias is None and x.dtype in DTYPES
-        return _with_program(y, tensors, numbers, program, not again and _reads(program.text, "v0", True))
+        wanted = ["t0", *(f"c{column}" for column in learned)]  # at most
+        return _with_program(y, tensors, numbers, program, not again and _reads(program.text, "v0", wanted))
     if epilogue.runs_kernel(y):
         return y, epilogue.gated_(y, tensors, numbers, gate)
     coefficients = coefficients_for(y, tensors, numbers)
@@ -97,12 +99,11 @@ def _forward(
     return gated_reference(y, coefficients, gate, bool(is_channels_last(y)))
 
 
-def _reads(text: str, value: str, with_tensor: bool) -> bool:
-    """Whether a backward of the program reads ``value``; of the tensor's gradient, too, or not."""
+def _reads(text: str, value: str, wanted: Sequence[str]) -> bool:
+    """Whether the gradients of these values and columns, and of v0, take ``value``."""
     if of_result(text) is not None:
         return False
-    backwards = [backward_of(text, each) for each in (("v0", "t0") if with_tensor else ("v0",))]
-    return any(reads(each, value) for each in backwards if each)
+    return any(reads(backward_of(text, each) or "", value) for each in ("v0", *wanted))
 
 
 def _with_program(
@@ -149,6 +150,7 @@ def conv_transpose_training(
     program: str = "",
     vectors: torch.Tensor | None = None,
     tensor_0: torch.Tensor | None = None,
+    learned: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """min(max(scale * conv_transpose(x, weight, bias) + shift, lo), hi) of x's dtype, and one bit an element.
 
@@ -167,40 +169,46 @@ def conv_transpose_training(
     ``program``, ``vectors`` (float64 for a float64 x) and ``tensor_0`` as in ``conv_transpose``; then there are no
     bounds beside it, and the second result is of x's dtype: the convolution's value, or [0] where that is not kept.
 
-    Differentiable with respect to x, weight, bias, tensor_0 and the coefficients that are tensors, a bound only where
-    it is the only one; not with respect to vectors. There is no second derivative. Raises ValueError or TypeError for
-    anything else.
+    Differentiable with respect to x, weight, bias, tensor_0, the columns of vectors that ``learned`` names (None: all),
+    and the coefficients that are tensors, a bound only where it is the only one. There is no second derivative. Raises
+    ValueError or TypeError for anything else.
     """
     bounded = _is_bound(lo, lo_number) or _is_bound(hi, hi_number)
     gate = Gate(lo_open, hi_open, passes_nan) if bounded or not passes_nan else None
     tensors, numbers = (scale, shift, lo, hi), (scale_number, shift_number, lo_number, hi_number)
     sizes, layout = (stride, padding, output_padding, dilation), (channels_last, allow_tf32)
     steps = Program(program, vectors, (tensor_0, None))
-    return _forward(x, weight, bias, sizes, int(groups), tensors, numbers, gate, fused, layout, steps)
+    return _forward(
+        x, weight, bias, sizes, int(groups), tensors, numbers, gate, fused, layout, steps, _columns(vectors, learned)
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, weight, bias, *ctx.convolution = inputs[:8]
     scale, shift, lo, hi, ctx.scale_number, ctx.shift_number, lo_number, hi_number = inputs[8:16]
-    ctx.allow_tf32, ctx.program, vectors, tensor = inputs[21:25]
+    ctx.allow_tf32, ctx.program, vectors, tensor, learned = inputs[21:26]
     y, second = output
     kept = second if second.numel() else None
     ctx.channels_last = bool(is_channels_last(y))
     two_bounds = _is_bound(lo, lo_number) and _is_bound(hi, hi_number)
     if two_bounds and any(bound is not None and bound.requires_grad for bound in (lo, hi)):
         raise ValueError("lo and hi are both given and one of them requires a gradient; allowed is one bound then")
-    if vectors is not None and vectors.requires_grad:
-        raise ValueError("vectors requires a gradient; allowed is one that does not: call .detach() on it")
     if not ctx.program:
         ctx.save_for_backward(x, weight, bias, scale, kept)
         return
-    learned = tensor is not None and tensor.requires_grad
+    ctx.learned = _columns(vectors, learned) if vectors is not None and vectors.requires_grad else ()
+    wanted = [f"c{column}" for column in ctx.learned]
+    wanted += ["t0"] if tensor is not None and tensor.requires_grad else []
     if of_result(ctx.program) is not None:
         kept = y
-    elif not _reads(ctx.program, "v0", learned):
+    elif not _reads(ctx.program, "v0", wanted):
         kept = None
-    tensor = tensor if _reads(ctx.program, "t1", learned) else None
+    tensor = tensor if _reads(ctx.program, "t1", wanted) else None
     ctx.save_for_backward(x, weight, bias, scale, kept, shift, vectors, tensor)
+
+
+def _columns(vectors: torch.Tensor | None, learned: Sequence[int] | None) -> tuple[int, ...]:
+    return tuple(range(0 if vectors is None else vectors.shape[1]) if learned is None else learned)
 
 
 def _is_bound(tensor: torch.Tensor | None, number: float | None) -> bool:
@@ -225,11 +233,12 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
     by = (ctx.scale_number if scale is None else scale) if without else 1.0
     scaled = not (isinstance(by, float) and by == 1.0)
     turned = _is_faster_turned(x, weight, groups) and not ctx.channels_last
+    grad_vectors: torch.Tensor | None = None
     grad_tensor: torch.Tensor | None = None
     passed: torch.Tensor | None
     blocked: torch.Tensor | None = None
     if ctx.program:
-        grad_conv, passed, grad_tensor = _through_program(ctx, grad, turned, needs_shift, needs[24])
+        grad_conv, passed, grad_vectors, grad_tensor = _through_program(ctx, grad, turned, needs_shift, *needs[23:25])
     elif bits is None and factor is None and number == 1.0:
         grad_conv = _turned(grad, True) if turned else grad
         passed = grad.sum((0, *range(2, grad.dim())), dtype=_compute(grad))
@@ -267,28 +276,29 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
         grad_x if needs_x else None, grad_weight if needs_weight else None, grad_bias if needs_bias else None,
         *(None,) * 5,
         grad_scale, passed if needs_shift else None, blocked if needs_lo else None, blocked if needs_hi else None,
-        *(None,) * 12, grad_tensor,
+        *(None,) * 11, grad_vectors, grad_tensor, None,
     )  # fmt: skip
 
 
 def _through_program(
-    ctx: Any, grad: torch.Tensor, turned: bool, sums: bool, needs_tensor: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The gradient of what stands before the program, its sums by channel, and the gradient of the program's tensor.
+    ctx: Any, grad: torch.Tensor, turned: bool, sums: bool, needs_vectors: bool, needs_tensor: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of what stands before the program, with its sums by channel, of the vectors and of the tensor.
 
-    ``turned``: the first is to be channels_last.
+    ``turned``: the first is to be channels_last. Each learned column takes a pass of its own.
     """
-    x, weight, _, scale, value, shift, vectors, tensor = ctx.saved_tensors
+    x, weight, _, scale, value, shift, given, tensor = ctx.saved_tensors
+    text, columns, start = _from_convolution(ctx, scale, shift, given)
+    first = len(columns) - (0 if given is None else given.shape[1])
     of_value, of_tensor = of_result(ctx.program), None
     if of_value is None:
-        text, vectors, start = _from_convolution(ctx, scale, shift, vectors)
         of_value, of_tensor = backward_of(text, start), backward_of(text, "t0")
 
     def run(text: str | None, last: bool, sums: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         if text is None:
             return torch.zeros_like(grad), grad.new_zeros(grad.shape[1], dtype=_compute(grad))
-        columns, text = with_columns_from_zero(text)
-        used = torch.stack([vectors[:, column] for column in columns], 1) if columns else None
+        named, text = with_columns_from_zero(text)
+        used = torch.stack([columns[column] for column in named], 1) if named else None
         t1 = tensor if reads(text, "t1") else None
         if text and (value is not None or not reads(text, "v0")):
             at = value if reads(text, "v0") else None
@@ -304,26 +314,29 @@ def _through_program(
         return _turned(g, True) if last else g, passed
 
     before, passed = run(of_value, turned, sums)
-    if needs_tensor and of_tensor != of_value:
-        return before, passed, run(of_tensor, False, False)[0]
-    return before, passed, before if needs_tensor else None
+    grad_vectors = grad_tensor = None
+    if needs_vectors:
+        learned: Any = {column: run(backward_of(text, f"c{first + column}"), False, True)[1] for column in ctx.learned}
+        nothing = torch.zeros_like(columns[first])
+        grad_vectors = torch.stack([learned.get(column, nothing) for column in range(given.shape[1])], 1)
+    if needs_tensor:
+        grad_tensor = before if of_tensor == of_value else run(of_tensor, False, False)[0]
+    return before, passed, grad_vectors, grad_tensor
 
 
 def _from_convolution(
     ctx: Any, scale: torch.Tensor | None, shift: torch.Tensor | None, vectors: torch.Tensor | None
-) -> tuple[str, torch.Tensor | None, str]:
-    """The program behind its scale and shift, the vectors of both, and which value stands between them."""
+) -> tuple[str, list[torch.Tensor], str]:
+    """The program behind its scale and shift, the columns that it names then, and the value between them."""
     columns = [each for each in (scale, shift) if each is not None]
+    own = [] if vectors is None else list(vectors.unbind(1))
     words: list[float | str] = [f"c{i}" for i in range(len(columns))]
     a = words.pop(0) if scale is not None else ctx.scale_number
     b = words.pop(0) if shift is not None else ctx.shift_number
     if a == 1.0 and b == 0.0:
-        return ctx.program, vectors, "v0"
+        return ctx.program, own, "v0"
     text = behind_form(ctx.program, None if a == 1.0 else a, None if b == 0.0 else b, len(columns))
-    if not columns:
-        return text, vectors, "v1"
-    others = [] if vectors is None else [vectors]
-    return text, torch.cat([*(column[:, None] for column in columns), *others], 1), "v1"
+    return text, [*columns, *own], "v1"
 
 
 def _compute(x: torch.Tensor) -> torch.dtype:

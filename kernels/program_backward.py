@@ -8,13 +8,15 @@ From the last value to the first, with g_i for the gradient of v_i, and sums whe
     v_i = v_j * v_k        g_j = g_i * v_k       g_k = g_i * v_j
     v_i = v_j / v_k        g_j = g_i / v_k       g_k = -(g_i / v_k) * v_i
     v_i = min(v_j, v_k)    g_j = minimum_backward(g_i, v_j, v_k)
-    v_i = a * v_j + b      g_j = a * g_i
+    v_i = a * v_j + b      g_j = a * g_i         g_a = g_i * v_j,  g_b = g_i
+    v_i = prelu(v_j, a)    g_j as above          g_a = g_i * v_j where v_j < 0
     v_i = detach(v_j)      nothing
 
 What the result does not need is left out, so the text tells what has to be kept: where v0 is not in it, nothing. Behind
 a single activation that its own result tells (see ``activations``), v0 is that result.
 
-Columns of ``vectors`` keep their names. They are not learned: that would take a sum for each.
+The gradient of a coefficient of a channel is the sum over what is here g_a or g_b. Columns of ``vectors`` keep their
+names.
 """
 
 from __future__ import annotations
@@ -52,9 +54,10 @@ def of_result(text: str) -> str | None:
 
 @functools.cache
 def backward_of(text: str, value: str = "v0") -> str | None:
-    """The program whose result is the gradient of ``value``, "v0", "t0", ...
+    """The program whose result is the gradient of ``value``, "v0", "t0" or, before it is summed up, "c0", "c1", ...
 
-    "" where that is g itself, None where it is zero. Raises ValueError where a normal form in it has bounds.
+    "" where that is g itself, None where it is zero. Raises ValueError where a normal form in it has bounds, and for a
+    column that is a bound or a parameter of an activation other than leaky_relu.
     """
     instructions = [_renamed(each) for each in parse(text)]
     value = _renamed_value(value)
@@ -69,6 +72,8 @@ def backward_of(text: str, value: str = "v0") -> str | None:
         each = instructions[number - 1]
         if (g := gradients.get(f"v{number}")) is None:
             continue
+        if value in each.parameters and each.name not in ("affine", "leaky_relu"):
+            raise ValueError(f"{value} of {each.name} has no gradient; allowed are those of affine and leaky_relu")
         for to, gradient in _through(each, g, f"v{number}", write):
             gradients[to] = write("add", gradients[to], gradient) if to in gradients else gradient
     result = gradients.get(value)
@@ -117,12 +122,15 @@ def _through(each: Instruction, g: str, y: str, write: Write) -> list[tuple[str,
     if each.name == "detach":
         return []
     if each.name == "affine":
-        scale, _, lo, hi = each.parameters
+        scale, shift, lo, hi = each.parameters
         if lo is not None or hi is not None:
             raise ValueError(f"a normal form with bounds in a program has no gradient; allowed are {', '.join(BOUNDS)}")
-        return [(x, g if scale is None else write("affine", g, parameters=(scale, None, None, None)))]
+        of_x = g if scale is None else write("affine", g, parameters=(scale, None, None, None))
+        of_scale = [(scale, write("mul", g, x))] if isinstance(scale, str) else []
+        return [(x, of_x), *of_scale, *([(shift, g)] if isinstance(shift, str) else [])]
     if each.name not in BINARY:
-        return [(x, write(each.name + BACKWARD, g, x, parameters=each.parameters))]
+        of_x = write(each.name + BACKWARD, g, x, parameters=each.parameters)
+        return [(x, of_x), *(_of_slope(each.parameters[0], g, x, write) if each.name == "leaky_relu" else [])]
     (other,) = others
     if each.name == "add":
         return [(x, g), (other, g)]
@@ -134,6 +142,14 @@ def _through(each: Instruction, g: str, y: str, write: Write) -> list[tuple[str,
         of_x = write("div", g, other)
         return [(x, of_x), (other, _negative(write("mul", of_x, y), write))]
     return [(x, write(each.name + BACKWARD, g, x, other)), (other, write(each.name + BACKWARD, g, other, x))]
+
+
+def _of_slope(slope: float | str | None, g: str, x: str, write: Write) -> list[tuple[str, str]]:
+    if not isinstance(slope, str):
+        return []
+    below = write("affine", x, parameters=(None, None, None, 0.0))
+    passed = write("hardtanh" + BACKWARD, g, x, parameters=(None, 0.0))
+    return [(slope, write("mul", passed, below))]
 
 
 def _negative(g: str, write: Write) -> str:

@@ -73,6 +73,7 @@ def inputs(
     generator = torch.Generator().manual_seed(1)
     if " c0" in text:
         kwargs["vectors"] = (0.25 + torch.rand(C, 1, generator=generator)).to(device, compute)
+        kwargs["vectors"].requires_grad_("minmax" not in text)
     if " t0" in text:
         y = CONV_TRANSPOSE[x.dim()](x, weight, None, *sizes[:3], sizes[4], sizes[3]).detach()
         kwargs["tensor_0"] = torch.randn(y.shape, generator=generator).to(y)
@@ -175,6 +176,38 @@ def test_the_same_bits_on_every_run(name: str, device: str, fused: bool) -> None
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(other, runs[0], strict=True))
 
 
+def test_only_the_columns_that_are_named_learn() -> None:
+    (x, weight), sizes, _ = inputs("tanh", "2d", "cpu", torch.float64, False, ())
+    vectors = torch.rand(6, 3, dtype=torch.float64).requires_grad_()
+    text = "silu v0; affine v1 c0 c1 - -; leaky_relu v2 c2; affine v3 c1 - - -"
+    y = torch.ops.aten.convolution(x, weight, None, *(sizes[i] for i in (0, 1, 3)), True, sizes[2], sizes[4])
+    a, b, slope = (spread(column, y) for column in vectors.unbind(1))
+    z = F.silu(y) * a + b
+    expected = torch.where(z > 0, z, z * slope) * b
+    grad = torch.randn_like(y)
+    (all_of_them,) = torch.autograd.grad(expected, vectors, grad)
+    for learned in (None, [0, 1, 2], [1], [2, 0]):
+        mine = OPERATOR(x, weight, None, *sizes, program=text, vectors=vectors, learned=learned)[0]
+        (result,) = torch.autograd.grad(mine, vectors, grad)
+        named = torch.tensor([learned is None or column in learned for column in range(3)])
+        torch.testing.assert_close(result, torch.where(named, all_of_them, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clamp v0 c0 -", "c0 of clamp has no gradient; allowed are those of affine and leaky_relu"),
+        ("elu v0 c0 1.0 1.0", "c0 of elu has no gradient"),
+    ],
+)
+def test_columns_that_cannot_learn(text: str, message: str) -> None:
+    (x, weight), sizes, _ = inputs("tanh", "2d", "cpu", torch.float32, False, ())
+    kwargs = {"program": text, "vectors": torch.ones(6, 1).requires_grad_()}
+    with pytest.raises(ValueError, match=message):
+        ours(x, weight, sizes, kwargs)
+    assert ours(x, weight, sizes, kwargs | {"learned": []}).requires_grad
+
+
 def test_only_what_is_asked_for_is_computed() -> None:
     for wanted in range(1, 16):
         (x, weight), sizes, kwargs = inputs("mask", "2d", "cpu", torch.float32, False, ("shift",))
@@ -211,11 +244,6 @@ def test_opcheck(name: str, device: str, fused: bool) -> None:
     [
         ({"program": "tanh v0", "lo_number": 0.0}, ValueError, "allowed are bounds inside the program"),
         ({"program": "swoosh v0"}, ValueError, "allowed are abs"),
-        (
-            {"program": "leaky_relu v0 c0", "vectors": torch.zeros(6, 1, requires_grad=True)},
-            ValueError,
-            r"vectors requires a gradient; .* call .detach\(\)",
-        ),
         (
             {"program": "affine v0 2.0 - 0.0 -"},
             ValueError,
