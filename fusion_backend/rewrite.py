@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from fusion_backend.patterns.coefficient import Coefficient, Leaf
 from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import is_tensor, value_of
+from fusion_backend.program_text import text_of
 
 
 def fold(site: Site) -> bool:
@@ -76,18 +78,21 @@ def use_fused(site: Site, plan: str | None = None, relayout: bool = False, progr
     return True
 
 
-def use_training(site: Site, fused: bool, leave_bias: bool) -> bool:
+def use_training(site: Site, fused: bool, leave_bias: bool, program: bool = False) -> bool:
     """Replace convolution, bias and tail by ``fused_post::conv_transpose_training``, which has gradients.
 
     ``leave_bias``: PyTorch adds the convolution's bias, as in eager; else it becomes part of the tail's shift.
+    ``program``: the operator takes the site's, where it has one.
     """
     from fusion_backend.kernels import conv_transpose_training  # noqa: F401  as above
 
+    site = site.whole if program else replace(site, program=None)
     gate, readers = site.gate, _readers(site)
     assert gate is not None
     with _inserting(site):
         flags = (gate.lo_open, gate.hi_open, gate.passes_nan, fused, *layout_of(site.convolution.value))
-        both = _call(site, torch.ops.fused_post.conv_transpose_training.default, *flags, leave_bias=leave_bias)
+        target = torch.ops.fused_post.conv_transpose_training.default
+        both = _call(site, target, *flags, leave_bias=leave_bias, **_program(site))
         y = both.graph.call_function(operator.getitem, (both, 0))
     _replace(site, readers, y)
     site.convolution.node.graph.erase_node(site.convolution.node)
@@ -123,7 +128,7 @@ def _inserting(site: Site) -> Any:
 def _coefficients(site: Site, form: NormalForm) -> tuple[fx.Node | float | None, ...]:
     """A normal form as our operators take it: four vectors or None, and four numbers."""
     coefficients = form.coefficients
-    leaf = _leaf_reader(site, GraphAppendingTracer(site.last.graph), form)
+    leaf = _leaf_reader(site, GraphAppendingTracer(site.last.graph), coefficients)
     known: dict[int, Any] = {}
     channels = site.convolution.value.shape[1]
 
@@ -139,28 +144,20 @@ def _coefficients(site: Site, form: NormalForm) -> tuple[fx.Node | float | None,
 
 
 def _program(site: Site) -> dict[str, Any]:
-    """What is done behind the first normal form, as our operators take it: text, and a column for each vector in it."""
+    """What is done behind the first normal form, as our operators take it; for one that trains, which columns learn."""
     if site.program is None:
         return {}
-    columns: list[Coefficient] = []
-
-    def word(c: Coefficient | None) -> str:
-        if c is None or isinstance(c, float):
-            return "-" if c is None else repr(c)
-        columns.append(c)
-        return f"c{len(columns) - 1}"
-
-    text = "; ".join(
-        " ".join([each.name, *(f"v{v}" if v >= 0 else f"t{-1 - v}" for v in each.values), *map(word, each.parameters)])
-        for each in site.program.instructions
-    )
-    leaf = _leaf_reader(site, GraphAppendingTracer(site.last.graph), site.form)
+    text, columns = text_of(site.program)
+    leaf = _leaf_reader(site, GraphAppendingTracer(site.last.graph), columns)
     known: dict[int, Any] = {}
     channels = site.convolution.value.shape[1]
     vectors: Any = [co.evaluate(column, leaf, known).expand(channels) for column in columns]
     stacked: Any = torch.stack(vectors, 1) if vectors else None
     tensors = {f"tensor_{i}": tensor for i, tensor in enumerate(site.program.tensors)}
-    return {"program": text, "vectors": stacked.node if vectors else None, **tensors}
+    program = {"program": text, "vectors": stacked.node if vectors else None, **tensors}
+    if site.gate is not None:
+        program["learned"] = [i for i, c in enumerate(columns) if any(leaf.learned for leaf in co.leaves(c))]
+    return program
 
 
 def _as(dtype: torch.dtype, node: fx.Node) -> fx.Node:
@@ -177,7 +174,7 @@ def _folded(site: Site) -> fx.Proxy:
     compute = _compute_dtype(value.dtype)
     cast = compute != value.dtype
     spatial = (1,) * site.convolution.rank
-    leaf = _leaf_reader(site, tracer, form)
+    leaf = _leaf_reader(site, tracer, form.coefficients)
     known: dict[int, Any] = {}
 
     def broadcast(c: Coefficient) -> Any:
@@ -235,8 +232,10 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _leaf_reader(site: Site, tracer: GraphAppendingTracer, form: NormalForm) -> Callable[[Leaf], fx.Proxy]:
-    """Reads a leaf of ``form`` as a proxy of shape [C] or [], in the compute dtype; each leaf once."""
+def _leaf_reader(
+    site: Site, tracer: GraphAppendingTracer, coefficients: Sequence[Coefficient]
+) -> Callable[[Leaf], fx.Proxy]:
+    """Reads a leaf of ``coefficients`` as a proxy of shape [C] or [], in the compute dtype; each leaf once."""
     value = site.convolution.value
     dtype, device = _compute_dtype(value.dtype), getattr(value, "device", None)
     read: dict[fx.Node, fx.Proxy] = {}
@@ -258,7 +257,7 @@ def _leaf_reader(site: Site, tracer: GraphAppendingTracer, form: NormalForm) -> 
             read[leaf.value] = proxy.to(dtype)
         return read[leaf.value]
 
-    learned = {each.value: each for each in co.leaves(*form.coefficients) if each.learned}
+    learned = {each.value: each for each in co.leaves(*coefficients) if each.learned}
     if site.gate is not None and len(learned) > 1:
         # Two biases have one gradient. AOTAutograd returns it as two views of one memory, and autograd, which takes
         # both for its own, would accumulate into it twice. Behind a concatenation each has a part of its own.
