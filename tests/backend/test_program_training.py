@@ -6,22 +6,31 @@ On a CPU tensor an operator computes its reference, so that all of it can be tes
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from functorch.compile import min_cut_rematerialization_partition
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import aot_eager
+from torch._inductor.decomposition import select_decomp_table
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
+import triton
+
 from benchmarks.measure import TOLERANCE
 from fusion_backend import backend as backend_module
 from fusion_backend import choice, explain, fused_post
+from fusion_backend.kernels import conv_transpose, epilogue, epilogue_backward
+from tests.kernels.compiling import CHIPS
 from tests.kernels.implementations import GPU_MARKS
 
 KERNELS = ("fused", "epilogue")
@@ -198,6 +207,51 @@ def test_what_is_kept(without_codegen: None, name: str, value: bool) -> None:
     assert sizes.count(y.numel()) == value
     assert sum(sizes) - value * y.numel() <= x.numel() + model.up.weight.numel() + 3 * 6
     assert sum(t.nbytes for t in kept(model, model, x)) >= y.nbytes * (1 - (name == "tanh"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "sizes"),
+    [
+        ("tanh", "fused", ["y"]),
+        ("tanh", "epilogue", ["y"]),
+        ("clamps, gelu", "fused", []),
+        ("clamps, gelu", "epilogue", ["v"]),
+        ("prelu", "fused", []),
+        ("hardswish", "fused", []),
+    ],
+)
+def test_what_a_gpu_keeps(name: str, kernel: str, sizes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the result's size, y or v, the convolution's value; by the graphs that Inductor gets, launches included."""
+    graphs: list[fx.GraphModule] = []
+
+    def partition(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        kwargs["compiler"] = "inductor"
+        graphs.extend(min_cut_rematerialization_partition(joint, *args, **kwargs))
+        raise KeyboardInterrupt  # nothing is to run
+
+    compiler = aot_autograd(fw_compiler=lambda gm, _: gm, partition_fn=partition, decompositions=select_decomp_table())
+    compiler = functools.partial(lambda compiler, gm, inputs: compiler(gm, inputs), compiler)
+    compiler.reset, compiler.config = (lambda: None), {}  # type: ignore[attr-defined]
+    monkeypatch.setattr(backend_module.opt, "inductor", lambda mode, options: compiler)
+    for module in (conv_transpose, epilogue, epilogue_backward):
+        monkeypatch.setattr(module, "runs", lambda kernel, x: True)
+    driver = SimpleNamespace(get_current_target=lambda: CHIPS["sm_90"].target)  # enough of one to write a kernel down
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
+    model, x = Model(TAILS[name]), torch.randn(2, 4, 8, 8, requires_grad=True)
+    with pytest.raises(KeyboardInterrupt):
+        compiled(model, kernel)(x)
+    (results,) = graphs[0].graph.find_nodes(op="output")[0].args
+    y, *others = results
+    assert y.meta["val"].shape == (2, 6, 16, 16)
+    of_its_size = [node for node in others if getattr(node.meta["val"], "shape", ()) == y.meta["val"].shape]
+    assert ["y" if _source(node) is _source(y) else "v" for node in of_its_size] == sizes
+    assert all(any("triton_kernel" in str(node.target) for node in graph.graph.nodes) for graph in graphs)
+
+
+def _source(node: fx.Node) -> fx.Node:
+    return (
+        _source(node.args[0]) if node.target in (torch.ops.aten.alias.default, torch.ops.aten.detach.default) else node
+    )
 
 
 @every_kernel
