@@ -101,7 +101,7 @@ ACTIVATIONS = {
     "abs": Activation("|x|", "sign(x)", torch.abs, torch.sign),
     "elu": Activation(
         "x*scale where x > 0, else expm1(x*input_scale)*alpha*scale",
-        "scale where y > 0, else (y + alpha*scale)*input_scale",
+        "scale where x > 0, else (y + alpha*scale)*input_scale",
         _elu, _elu_derivative, ("alpha", "scale", "input_scale"),
         _elu_of_result, lambda *parameters: min(parameters) > 0,
     ),
@@ -126,7 +126,7 @@ ACTIVATIONS = {
         F.hardswish, _hardswish_derivative, blocks=True,
     ),
     "leaky_relu": Activation(
-        "x where x > 0, else x*negative_slope", "1 where y > 0, else negative_slope",
+        "x where x > 0, else x*negative_slope", "1 where x > 0, else negative_slope",
         _leaky_relu, _leaky_relu_derivative, ("negative_slope",),
         _leaky_relu_derivative, lambda slope: slope > 0,
     ),
@@ -144,7 +144,7 @@ ACTIVATIONS = {
     ),
     "sin": Activation("sin(x)", "cos(x)", torch.sin, torch.cos),
     "softplus": Activation(
-        "x where x*beta > threshold, else log(1 + exp(x*beta))/beta", "1 - exp(-y*beta)",
+        "x where x*beta > threshold, else log(1 + exp(x*beta))/beta", "1 where x*beta > threshold, else 1 - exp(-y*beta)",
         _softplus, _softplus_derivative, ("beta", "threshold"),
         lambda y, beta, threshold: -torch.expm1(-y * beta), lambda beta, threshold: threshold >= LINEAR,
     ),
