@@ -63,9 +63,9 @@ TAIL = """
 
 Two rows, one on either side of the fence between reading graphs and computing:
 
-1. `kernels/activations.py`: a row of `ACTIVATIONS` with its formula, its meaning in plain PyTorch and its derivative (at
-   x and, if the result tells it, at y), and the same in Triton, a branch of `activate`, of `differentiate` and, if so, of
-   `differentiate_result`. Mind NaN, infinities, what overflows on the way, digits near zero.
+1. `kernels/activations.py`: a row of `ACTIVATIONS` with its formula, its meaning in plain PyTorch and its derivative
+   (at x and, if the result tells it, at y), and the same in Triton, a branch of `activate`, of `differentiate` and, if
+   so, of `differentiate_result`. Mind NaN, infinities, what overflows on the way, digits near zero.
 2. `patterns/activations.py`: a row of `ACTIVATIONS` with its spellings, whose `activation` leads from the parameters
    that a user writes to those of the first row.
 

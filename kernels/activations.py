@@ -144,7 +144,8 @@ ACTIVATIONS = {
     ),
     "sin": Activation("sin(x)", "cos(x)", torch.sin, torch.cos),
     "softplus": Activation(
-        "x where x*beta > threshold, else log(1 + exp(x*beta))/beta", "1 where x*beta > threshold, else 1 - exp(-y*beta)",
+        "x where x*beta > threshold, else log(1 + exp(x*beta))/beta",
+        "1 where x*beta > threshold, else 1 - exp(-y*beta)",
         _softplus, _softplus_derivative, ("beta", "threshold"),
         lambda y, beta, threshold: -torch.expm1(-y * beta), lambda beta, threshold: threshold >= LINEAR,
     ),
