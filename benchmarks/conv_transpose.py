@@ -1,26 +1,26 @@
 """The transposed convolution with its tail inside: every plan of ours, against cuDNN, eager and Inductor.
 
-    python -m benchmarks.conv_transpose [--cases seed,unet_up2 | public | around | decoders | all] [--dtypes float32]
-                                        [--plans likely] [--no-inductor] [--budget 330] [--out FILE]
+    python -m benchmarks.conv_transpose [--cases seed,unet_up2 | public | around | decoders | kernelbench | models]
+                                        [--dtypes float32] [--layouts contiguous] [--plans likely] [--no-inductor]
+                                        [--budget 330] [--out FILE]
 
 Needs a GPU; without one the exit code is 2. Each contender is checked before it is timed: every element written, and
 the error against float64. All of a row run in turn, each as a CUDA graph of one call, on a cold cache: what is compared
 is the device's time. The kernels alone get a packed weight and ready coefficients; "ours, packing" also packs; and
 "operator" and "fused_post" are the operator and the model, compiled, the fused kernel asked for, with all that belongs
 to a call; "in CUDA graphs" it has the plan that it gets there. Beside what is compiled stands how long the host takes
-over a call. Rows
-are prepared (compiled and checked) by many processes at once, and then measured one after the other while all others
-wait. The data go to benchmarks/results as JSON after every row. Exit code 1 where one of ours is wrong or fails.
+over a call, and how much memory it takes at most, the result included. Rows are prepared (compiled and checked) by
+many processes at once, and then measured one after the other while all others wait. The data go to benchmarks/results
+as JSON after every row. Exit code 1 where one of ours is wrong or fails.
 
-"around" is the seed's shape grown and shrunk by powers of two, "decoders" shapes of U-Nets, GANs, vocoders and volumes:
-what ``auto`` chooses by (``python -m benchmarks.evidence``).
+"around" is the seed's shape grown and shrunk by powers of two, "decoders" shapes of U-Nets, GANs, vocoders and volumes,
+"kernelbench" and "models" those of these benchmarks: what ``auto`` chooses by (``python -m benchmarks.evidence``).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import functools
 import json
 import math
@@ -37,9 +37,9 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from benchmarks import rows
+from benchmarks import kernelbench, models, rows
 from benchmarks.cases import CASES, Case
-from benchmarks.measure import TOLERANCE, environment, in_turn, summary
+from benchmarks.measure import TOLERANCE, environment, in_turn, peak_bytes, summary
 from benchmarks.sites import backend
 from fusion_backend import evidence
 from fusion_backend.kernels import conv_transpose as kernels
@@ -92,7 +92,17 @@ def sweep() -> dict[str, Case]:
     return {case.name: case for case in cases}
 
 
-KNOWN = {name: CASES[name] for name in NAMES} | sweep()
+def known() -> dict[str, Case]:
+    """By name, each convolution once."""
+    found: dict[Case, Case] = {}
+    public = [CASES[name] for name in NAMES]
+    for case in (*public, *sweep().values(), *kernelbench.convolutions(), *models.convolutions()):
+        found.setdefault(replace(case, name="", tail=""), case)
+    return {case.name: case for case in found.values()}
+
+
+KNOWN = known()
+LAYOUTS = {"contiguous": False, "channels_last": True}
 PEERS = ("eager", "inductor", "inductor max-autotune")
 CHECKED = 2  # images at either end that are compared with float64
 
@@ -112,8 +122,9 @@ class Row:
             conv.to(memory_format=torch.channels_last if case.rank == 2 else torch.channels_last_3d)
         self.weight = conv.weight.detach()
         axis = Axis(case.kernel, case.stride, case.padding, case.output_padding)
-        self.problem = kernels.problem_for(self.x, self.weight, [axis] * case.rank, 1, last, True)
-        self.out = empty(case.y, self.x, last)
+        self.out_last = last and case.rank > 1  # as eager's: in one dimension cuDNN's result is contiguous
+        self.problem = kernels.problem_for(self.x, self.weight, [axis] * case.rank, 1, self.out_last, True)
+        self.out = empty(case.y, self.x, self.out_last)
         self.values = folded(case.tail, conv.bias.detach().float(), self.model.bias.detach().float().flatten())
 
     def laid_out(self, x: Tensor) -> Tensor:
@@ -152,7 +163,7 @@ class Row:
         tensors, numbers = split(self.values)
 
         def run(x: Tensor, weight: Tensor, *tensors: Tensor | None) -> Tensor:
-            return kernels.conv_transpose(x, weight, *sizes, *tensors, *numbers, self.last, True, plan.name)
+            return kernels.conv_transpose(x, weight, *sizes, *tensors, *numbers, self.out_last, True, plan.name)
 
         compiled = torch.compile(run, fullgraph=True, dynamic=False)
         return lambda: compiled(self.x, self.weight, *tensors)
@@ -198,7 +209,9 @@ class Row:
         turned = any(plan.turned for plan in general)
         few = [plan for plan in marches if not plan.turned][:2]
         few += [plan for plan in marches if plan.turned and self.dtype.itemsize == 2][:1]
-        return hopper + (few or [plan for plan in general if plan.turned == turned][:4])
+        general = [plan for plan in general if plan.turned == turned]
+        back = [plan for plan in general if plan.back]
+        return hopper + (few or [plan for plan in general if not plan.back][:4] + back[:2])
 
     def contenders(self, plans: str, inductor: tuple[str, ...]) -> dict[str, Callable[[], Tensor]]:
         chosen = self.chosen
@@ -216,9 +229,9 @@ class Row:
             fused = torch.compile(self.model, backend=backend(), fullgraph=True, dynamic=False, options=options)
             contenders["fused_post"] = lambda: fused(self.x)
             if plans != "few":
-                # A module of its own: Dynamo would find the other's code, compiled with another plan.
-                twin = copy.deepcopy(self.model)
-                graphed = torch.compile(twin, backend=backend(), fullgraph=True, dynamic=False, options=options)
+                # With an option more, and that Inductor's default: Dynamo would find the other's code, and its plan.
+                other = options | {"triton.unique_kernel_names": True}
+                graphed = torch.compile(self.model, backend=backend(), fullgraph=True, dynamic=False, options=other)
                 contenders["fused_post in CUDA graphs"] = lambda: self.replayed(graphed)
         for name in inductor:
             # Without CUDA graphs of their own, since every contender is run as one.
@@ -268,9 +281,10 @@ class Row:
             columns[name] |= summary(times)
         if self.times_host:
             torch._dynamo.reset()  # what was compiled for other rows since, which guards would have to tell apart
-            for name in self.correct:
-                if name in self.compiled:
-                    columns[name]["host_us"] = host_us(self.compiled[name])
+            for name, run in self.compiled.items():
+                if name in self.correct:
+                    columns[name]["host_us"] = host_us(run)
+                    columns[name]["peak_bytes"] = peak_bytes(run)
         best = min((columns[name]["ms"] for name in PEERS if name in self.correct), default=math.nan)
         moved = self.x.nbytes + self.out.nbytes + self.weight.nbytes
         for name in self.correct:
@@ -389,8 +403,11 @@ def main() -> int:
     around = [name for name in sweep() if name.startswith("seed ")]
     decoders = [name for name in sweep() if name not in around]
     groups = {"public": list(NAMES), "around": around, "decoders": decoders, "all": list(KNOWN)}
+    of_models = {"kernelbench": kernelbench.convolutions(), "models": models.convolutions()}
+    groups |= {group: [case.name for case in cases if case.name in KNOWN] for group, cases in of_models.items()}
     parser.add_argument("--cases", type=names, default=["public"], help=f"of {', '.join([*groups, *KNOWN])}")
     parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"])
+    parser.add_argument("--layouts", type=names, default=list(LAYOUTS))
     parser.add_argument("--plans", choices=["all", "likely", "few", "chosen"], default="all", help="of ours")
     parser.add_argument("--no-inductor", dest="inductor", action="store_const", const=(), default=PEERS[1:])
     parser.add_argument("--no-autotune", dest="inductor", action="store_const", const=PEERS[1:2])
@@ -399,9 +416,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/conv_transpose-<gpu>.json")
     args = parser.parse_args()
     cases = [name for given in args.cases for name in groups.get(given, [given])]
-    unknown = set(cases) - set(KNOWN)
-    if unknown:
-        parser.error(f"unknown cases {sorted(unknown)}; known are {[*groups, *KNOWN]}")
+    for what, given, allowed in (("cases", cases, [*groups, *KNOWN]), ("layouts", args.layouts, list(LAYOUTS))):
+        if unknown := set(given) - set(allowed):
+            parser.error(f"unknown {what} {sorted(unknown)}; known are {allowed}")
     if not torch.cuda.is_available():
         print("this benchmark needs a GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
@@ -414,7 +431,8 @@ def main() -> int:
         (KNOWN[name], getattr(torch, dtype), last)
         for name in cases
         for dtype in args.dtypes
-        for last in ((False,) if KNOWN[name].rank == 1 and args.plans == "few" else (False, True))
+        for last in map(LAYOUTS.__getitem__, args.layouts)
+        if not (last and KNOWN[name].rank == 1 and args.plans == "few")
     ]
     outcomes = rows.measured(
         list(rows.parts(todo, lambda key: bytes_of(*key), torch.cuda.mem_get_info()[1] // 2)),
@@ -424,9 +442,9 @@ def main() -> int:
         args.budget,
     )
     for (case, dtype, last), columns in outcomes:
-        if isinstance(columns, Exception):
-            raise columns
-        layout = "channels_last" if last else "contiguous"
+        if isinstance(columns, Exception):  # one row that cannot run must not lose the others
+            columns = {"row": {"raised": " ".join(f"{type(columns).__name__}: {columns}".split())[:300]}}
+        layout = list(LAYOUTS)[last]
         show(f"{case.name} {str(dtype).removeprefix('torch.')} {layout}", columns)
         sizes = (case.kernel, case.stride, case.padding, case.output_padding)
         described = {"case": case.name, "x": case.x, "y": case.y, "kernel_stride_padding": sizes}
@@ -438,7 +456,7 @@ def main() -> int:
         (row["case"], row["dtype"], row["memory_format"], name)
         for row in data["rows"]
         for name, column in row["contenders"].items()
-        if is_ours(name) and "ms" not in column
+        if (is_ours(name) or name == "row") and "ms" not in column
     ]
     print(f"\n{len(data['rows'])} rows of {len(todo)}, {time.monotonic() - start:.0f} s: {out}")
     for each in bad:

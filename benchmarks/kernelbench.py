@@ -1,6 +1,7 @@
 """KernelBench level 2: the 30 problems with a transposed convolution, as whole models.
 
-    python -m benchmarks.kernelbench [--rows 2,5] [--dtypes float32] [--budget 500] [--cpu] [--out FILE]
+    python -m benchmarks.kernelbench [--rows 2,5] [--dtypes float32] [--limit 50] [--budget 150] [--cpu]
+                                     [--contenders "eager,inductor,fused_post,fused_post fused"] [--out FILE]
 
 Each module is written here from the chain of operations that names its problem. The convolution, its input and the
 numbers of 2, 5, 16, 20, 26, 93 and 100 are KernelBench's. What the other chains leave open is chosen here: sizes of the
@@ -8,11 +9,12 @@ same order; pools 2 wide (the second of 78: 3); norms in 8 groups (60: 4); Layer
 logsumexp, min and max over the channels (38: softmax over the pixels). KernelBench runs its modules in training mode;
 here they are in eval mode, with running statistics other than 0 and 1.
 
-benchmarks/models.py says how they are measured.
+benchmarks/whole.py says how they are measured.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.cases import CONV, Case
-from benchmarks.models import Inputs, main
+from benchmarks.whole import Inputs, main
 
 Layer = nn.Module | nn.Parameter
 SMALL = {2: 6, 3: 5}  # pixels along each dimension
@@ -272,5 +274,17 @@ def clamp_divide(self, y):
     return torch.clamp(y, min=-1.0) / 2.0
 
 
+def convolutions() -> list[Case]:
+    """As cases of benchmarks/conv_transpose.py, by whose data ``auto`` chooses."""
+    return [
+        Case(p.name, p.x, p.C_out, p.kernel, p.stride, p.padding, p.output_padding, "bias_relu")
+        for p in PROBLEMS.values()
+    ]
+
+
+BUILDS = {str(number): problem.build for number, problem in PROBLEMS.items()}
+
+
 if __name__ == "__main__":
-    main("kernelbench", __doc__, {str(number): row.build for number, row in PROBLEMS.items()})
+    largest = {str(number): 4 * max(math.prod(p.x), math.prod(p.y)) for number, p in PROBLEMS.items()}
+    main("benchmarks.kernelbench", __doc__, BUILDS, largest)

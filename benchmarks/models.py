@@ -1,38 +1,24 @@
 """Models of installed packages, unmodified and with random weights: fused_post beside eager, Inductor and max-autotune.
 
-    python -m benchmarks.models [--rows dac_decoder,monai_unet] [--dtypes float32] [--budget 300] [--cpu] [--out FILE]
+    python -m benchmarks.models [--rows dac_decoder,monai_unet] [--dtypes float32] [--limit 90] [--budget 150] [--cpu]
+                                [--contenders "eager,inductor,fused_post,fused_post fused"] [--out FILE]
 
-The time is that of the whole model, the error that of its first output against float64; a contender that is wrong, or
-that raises, is not timed. Each row also says what became of each transposed convolution. The data goes to
-benchmarks/results as JSON after every row. A model whose package is not installed is left out, and so is said.
-
-Configurations are the packages' own defaults (nnU-Net's for DynUNet, those of the tutorials for the rest of MONAI), and
-tiny ones of the same structure with ``--cpu``.
+A model whose package is not installed is left out, and so is said, in the data too. Configurations are the packages'
+own defaults (nnU-Net's for DynUNet, those of the tutorials for the rest of MONAI), and tiny ones of the same structure
+with ``--cpu``. benchmarks/whole.py says how they are measured.
 """
 
 from __future__ import annotations
 
-import argparse
-import inspect
-import json
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 
-import fusion_backend
-from benchmarks.measure import TOLERANCE, environment, in_turn, peak_bytes, relative_rmse, summary
-from benchmarks.sites import PEERS, RESULTS, backend, names, show, twin
-
-Inputs = tuple[Tensor, ...]
-Build = Callable[[bool], tuple[nn.Module, Inputs]]
+from benchmarks.cases import Case
+from benchmarks.whole import Inputs, main
 
 
 class Whole(nn.Module):
@@ -165,112 +151,70 @@ MODELS: dict[str, Model] = {
 }
 
 
-# Behind a graph break the contenders share code, and with it Dynamo's cache and its limit, unless each has its own.
-ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+BUILDS = MODELS
+
+# x, C_out, kernel, stride, padding and output padding of each of their transposed convolutions.
+Sizes = tuple[tuple[int, ...], int, int, int, int, int]
+CONVOLUTIONS: dict[str, tuple[Sizes, ...]] = {
+    "sam_mask_decoder": (
+        ((64, 256, 64, 64), 64, 2, 2, 0, 0),
+        ((64, 64, 128, 128), 32, 2, 2, 0, 0),
+    ),
+    "speecht5_hifigan": (
+        ((8, 512, 256), 256, 8, 4, 2, 0),
+        ((8, 256, 1024), 128, 8, 4, 2, 0),
+        ((8, 128, 4096), 64, 8, 4, 2, 0),
+        ((8, 64, 16384), 32, 8, 4, 2, 0),
+    ),
+    "vits_hifigan": (
+        ((8, 512, 256), 256, 16, 8, 4, 0),
+        ((8, 256, 2048), 128, 16, 8, 4, 0),
+        ((8, 128, 16384), 64, 4, 2, 1, 0),
+        ((8, 64, 32768), 32, 4, 2, 1, 0),
+    ),
+    "encodec_decoder": (
+        ((8, 512, 375), 256, 16, 8, 0, 0),
+        ((8, 256, 3000), 128, 10, 5, 0, 0),
+        ((8, 128, 15000), 64, 8, 4, 0, 0),
+        ((8, 64, 60000), 32, 4, 2, 0, 0),
+    ),
+    "dac_decoder": (
+        ((4, 1536, 250), 768, 16, 8, 4, 0),
+        ((4, 768, 2000), 384, 16, 8, 4, 0),
+        ((4, 384, 16000), 192, 8, 4, 2, 0),
+        ((4, 192, 64000), 96, 4, 2, 1, 0),
+    ),
+    "monai_unet": (
+        ((4, 384, 6, 6, 6), 64, 3, 2, 1, 1),
+        ((4, 128, 12, 12, 12), 32, 3, 2, 1, 1),
+        ((4, 64, 24, 24, 24), 16, 3, 2, 1, 1),
+        ((4, 32, 48, 48, 48), 2, 3, 2, 1, 1),
+    ),
+    "monai_dynunet": (
+        ((2, 320, 4, 4, 4), 320, 2, 2, 0, 0),
+        ((2, 320, 8, 8, 8), 256, 2, 2, 0, 0),
+        ((2, 256, 16, 16, 16), 128, 2, 2, 0, 0),
+        ((2, 128, 32, 32, 32), 64, 2, 2, 0, 0),
+        ((2, 64, 64, 64, 64), 32, 2, 2, 0, 0),
+    ),
+    "monai_autoencoder": (
+        ((16, 256, 16, 16), 128, 3, 2, 1, 1),
+        ((16, 128, 32, 32), 64, 3, 2, 1, 1),
+        ((16, 64, 64, 64), 32, 3, 2, 1, 1),
+        ((16, 32, 128, 128), 1, 3, 2, 1, 1),
+    ),
+    "mask_rcnn_head": (((100, 256, 14, 14), 256, 2, 2, 0, 0),),
+}
 
 
-def contenders(model: nn.Module) -> dict[str, Callable[..., Tensor]]:
-    def compiled(name: str, **arguments: object) -> Callable[..., Tensor]:
-        return torch.compile(twin(model, name), **ISOLATED, **arguments)
-
-    return {
-        "eager": model,
-        "inductor": compiled("inductor"),
-        "inductor max-autotune": compiled("autotune", mode="max-autotune"),
-        "fused_post": compiled("fused_post", backend=backend()),
-    }
-
-
-def measure(name: str, build: Build, device: str, dtype: torch.dtype) -> dict[str, object]:
-    """One row: what became of the sites, and every contender's error, median time, speed and peak memory."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with torch.device(device):
-        model, inputs = build(device == "cpu")
-    model, inputs = model.to(dtype), tuple(tensor.to(dtype) for tensor in inputs)
-    sites = fusion_backend.explain(model, *inputs).sites
-    torch._dynamo.reset()  # what explain has seen of the shapes
-
-    shape: tuple[int, ...] | None = None
-    columns: dict[str, dict[str, object]] = {}
-    correct: dict[str, Callable[[], object]] = {}
-    for contender, run in contenders(model).items():
-        try:
-            result = run(*inputs)
-            shape, error = tuple(result.shape), relative_rmse(result, model, inputs)
-        except Exception as raised:  # one contender that cannot run must not hide the others
-            columns[contender] = {"raised": f"{type(raised).__name__}: {raised}"[:300]}
-            continue
-        columns[contender] = {"error": error}
-        if error <= 2 * columns["eager"].get("error", 0.0) + TOLERANCE[dtype] / 10:
-            correct[contender] = lambda run=run: run(*inputs)
-
-    for contender, times in in_turn(correct, device).items() if correct else ():
-        columns[contender] |= summary(times)
-        if device == "cuda":
-            columns[contender]["peak_bytes"] = peak_bytes(correct[contender])
-    best = min((columns[peer]["ms"] for peer in PEERS if peer in correct), default=float("nan"))
-    for contender in correct:
-        columns[contender]["speed"] = best / columns[contender]["ms"]
-    return {
-        "case": name,
-        "x": tuple(inputs[0].shape),
-        "y": shape,
-        "dtype": str(dtype).removeprefix("torch."),
-        "memory_format": "contiguous_format",
-        "sites": [asdict(site) for site in sites],
-        "contenders": columns,
-    }
-
-
-def main(name: str, about: str, rows: Mapping[str, Build], packages: tuple[str, ...] = ()) -> None:
-    parser = argparse.ArgumentParser(description=about.splitlines()[0])
-    parser.add_argument("--rows", type=names, default=list(rows), help=f"of {','.join(rows)}")
-    parser.add_argument("--dtypes", type=names, default=["float32"])
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row is begun")
-    parser.add_argument("--cpu", action="store_true", help="on the CPU, with small shapes")
-    parser.add_argument("--out", type=Path, help=f"default: benchmarks/results/{name}_<device>.json")
-    args = parser.parse_args()
-    unknown = set(args.rows) - set(rows)
-    if unknown:
-        parser.error(f"unknown rows {sorted(unknown)}; known are {list(rows)}")
-    if not args.cpu and not torch.cuda.is_available():
-        parser.error("no GPU here; --cpu measures small shapes on the CPU")
-
-    device = "cpu" if args.cpu else "cuda"
-    where = "cpu" if args.cpu else "-".join(torch.cuda.get_device_name().lower().replace("/", " ").split())
-    out = args.out or RESULTS / f"{name}_{where}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-
-    start = time.monotonic()
-    data = environment() | {"device": device, "packages": {package: _version(package) for package in packages}}
-    data["rows"] = []
-    for row_name in args.rows:
-        for dtype in args.dtypes:
-            if time.monotonic() - start > args.budget:
-                print(f"\nthe budget of {args.budget:.0f} s is spent: {out} lacks what follows from {row_name} {dtype}")
-                return
-            try:
-                with torch.no_grad():
-                    row = measure(row_name, rows[row_name], device, getattr(torch, dtype))
-            except ModuleNotFoundError as missing:
-                print(f"\n{row_name}: left out, {missing}")
-                continue
-            show(row)
-            kernels = Counter(site["kernel"] or "missed" for site in row["sites"])
-            print(f"  sites: {', '.join(f'{count} {kernel}' for kernel, count in kernels.items())}")
-            data["rows"].append(row)
-            out.write_text(json.dumps(data, indent=1) + "\n")
-            torch.cuda.empty_cache()
-    print(f"\n{out}")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def convolutions() -> list[Case]:
+    """As cases of benchmarks/conv_transpose.py, by whose data ``auto`` chooses."""
+    return [
+        Case(f"{model} {i}", *sizes, tail="bias_relu")
+        for model, of_model in CONVOLUTIONS.items()
+        for i, sizes in enumerate(of_model, 1)
+    ]
 
 
 if __name__ == "__main__":
-    main("models", __doc__, MODELS, ("transformers", "monai", "torchvision"))
+    main("benchmarks.models", __doc__, BUILDS, packages=("transformers", "monai", "torchvision"))

@@ -60,7 +60,11 @@ def twin(model: nn.Module, name: str) -> nn.Module:
     """A copy with a code object of its own: at each call Dynamo looks through all it has compiled of a code object."""
     copied = copy.deepcopy(model)
     forward = type(model).forward
-    copied.forward = types.FunctionType(forward.__code__.replace(co_name=name), forward.__globals__).__get__(copied)
+    twins = types.FunctionType(
+        forward.__code__.replace(co_name=name), forward.__globals__, name, forward.__defaults__, forward.__closure__
+    )
+    twins.__kwdefaults__ = forward.__kwdefaults__
+    copied.forward = twins.__get__(copied)
     return copied
 
 

@@ -59,6 +59,12 @@ a positive number, and for `softplus` where the threshold is 16 or more).
 """
 
 TAIL = """
+## Before the convolution
+
+The same steps, of the convolution's input alone, ride in the kernel that convolves: `leaky_relu`, `elu`, a snake or a
+BatchNorm in eval in front, with numbers and with one value per channel, if nobody else reads what they make. At most 16
+of them, rounded once before the product; an operation in place only where nobody else can see what it writes.
+
 ## Adding an activation
 
 Two rows, one on either side of the fence between reading graphs and computing:

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fusion_backend import autotune, training
 from fusion_backend.evidence import LEAST_SPEEDUP, Prediction, copy_rate, gpu_name, predict
 from fusion_backend.kernels.arguments import axes_for
-from fusion_backend.kernels.plans import choose_plan
+from fusion_backend.kernels.plans import choose_plan, plan_named
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.support import why_unsupported
@@ -30,8 +30,8 @@ from fusion_backend.patterns.coefficient import is_infinite, leaves
 from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import needs_gradient, value_of
-from fusion_backend.program_text import text_of
-from fusion_backend.surroundings import Surroundings
+from fusion_backend.program_text import written
+from fusion_backend.surroundings import Surroundings, is_stored, saves_a_pass
 
 UNKNOWN_LAYOUT = "which layout Inductor gives the convolutions beside it cannot be told"
 RELAID_IN_TRAINING = (
@@ -52,6 +52,7 @@ class Choice:
 
     ``training``: by ``fused_post::conv_transpose_training``, which keeps one bit an element for the backward.
     ``program``: the fused kernel takes the site's too, where it has one; else Inductor gets it, in a pass of its own.
+    ``prologue``: and the site's prologue, which is else Inductor's.
     """
 
     kernel: str | None
@@ -60,6 +61,7 @@ class Choice:
     plan: str | None = None  # of the fused kernel: the name of a measured one, or None for the operator's own rule
     relayout: bool = False  # a contiguous site becomes channels_last
     program: bool = True
+    prologue: bool = False
     folds: bool = True  # where Inductor keeps the site, it gets the tail's normal form if that is shorter
 
 
@@ -89,7 +91,9 @@ def choose(site: Site, options: Options, around: Surroundings = ALONE) -> Choice
     if requested != "fused":
         return Choice(requested, "asked for")
     relayout = is_relaid(site, around) is True
-    return Choice(requested, "asked for", plan=_plan_asked_for(site, options, relayout), relayout=relayout)
+    site = taken(site, requested, relayout, prologue=True)
+    plan = _plan_asked_for(site, options, relayout)
+    return Choice(requested, "asked for", plan=plan, relayout=relayout, prologue=site.prologue is not None)
 
 
 def _auto(site: Site, options: Options, around: Surroundings, problem: str | None, trains: bool, saves: bool) -> Choice:
@@ -101,9 +105,10 @@ def _auto(site: Site, options: Options, around: Surroundings, problem: str | Non
     if relayout is None:
         return _inductor(site, f"no kernel of ours is taken: {UNKNOWN_LAYOUT}", saves)
     program = site.program is None or taken(site, "fused", relayout).program is not None
-    found = measured_plan(site, options, relayout) if program else NO_WAY
+    plain = replace(site, prologue=None)
+    found = measured_plan(plain, options, relayout) if program else NO_WAY
     if site.program is not None:
-        bare = measured_plan(replace(site, program=None), options, relayout, left=True)
+        bare = measured_plan(replace(plain, program=None), options, relayout, left=True)
         if isinstance(found, str) or (isinstance(bare, Prediction) and bare.speedup > found.speedup):
             found, program = bare, False
     if isinstance(found, str):
@@ -118,8 +123,24 @@ def _auto(site: Site, options: Options, around: Surroundings, problem: str | Non
     packed = f"{found.packed_bytes / 1024:.0f} KiB for the packed weight"
     layout = ", in channels_last like the convolutions beside it" if relayout else ""
     behind = "" if program else ", and a pass of Inductor's behind it"
+    prologue = not relayout and _takes_prologue(site, found.plan)
+    if prologue:
+        behind += ", with the steps before it"
     why = f"{faster}, by {found.plan}{layout}{behind}; {packed}"
-    return Choice("fused", why, plan=found.plan, relayout=relayout, program=program)
+    return Choice("fused", why, plan=found.plan, relayout=relayout, program=program, prologue=prologue)
+
+
+def _takes_prologue(site: Site, plan: str) -> bool:
+    """Whether the prologue costs nothing in the kernel, and a pass outside of it.
+
+    It costs nothing where the plan turns x in any case. Elsewhere x is activated whenever it is loaded, for each tap
+    anew, and what that costs is not measured. What Inductor works out itself, it works out together with the prologue.
+    """
+    before, found = site.prologue, problem_of(replace(site, prologue=None))
+    named = plan_named(found[0], plan) if found is not None else None
+    if before is None or named is None or not named.turned:
+        return False
+    return is_stored(before.x) and value_of(before.x).is_contiguous()
 
 
 def _training_asked_for(site: Site, requested: str, saves: bool) -> Choice:
@@ -144,7 +165,7 @@ def _kind(site: Site) -> str:
     from fusion_backend.kernels.program_backward import of_result  # which needs triton
 
     assert site.program is not None
-    text, _ = text_of(site.program)
+    text, _ = written(site.program.instructions)
     return training.PROGRAM if of_result(text) is None else training.RESULT
 
 
@@ -213,12 +234,14 @@ def is_relaid(site: Site, around: Surroundings) -> bool | None:
 def measured_plan(site: Site, options: Options, relayout: bool = False, left: bool = False) -> Prediction | str:
     """What the measurements on this site's GPU say of it, those made now included, or why they say nothing.
 
-    ``left``: Inductor does the rest of the tail, in a pass that the peers fuse with theirs.
+    ``left``: Inductor does the rest of the tail, in a pass that the peers fuse with theirs. Measured peers have a pass
+    for the tail; where the site's would save none, that counts as one on our side.
     """
     found = problem_of(site, relayout)
     if found is None:
         return "its sizes are not known even roughly"
     problem, shape = found
+    left = left or not saves_a_pass(site.whole)
     device = site.convolution.value.device
     gpu = gpu_name(device)
     copied = (_copied_bytes(site, problem, shape) if relayout else 0) + (left and 2 * _result_bytes(problem, shape))
@@ -226,10 +249,13 @@ def measured_plan(site: Site, options: Options, relayout: bool = False, left: bo
     if rate is None and options.measures:
         rate = autotune.copy_rate(device)
     if rate is None:
+        nothing = predict(problem, shape, gpu)
+        if isinstance(nothing, str):
+            return nothing
         return f"it would take copies, for the layout or the tail beside it; how fast {gpu} copies is not measured"
     beside = copied / rate
     if options.measures:
-        alone = problem_of(replace(site, program=None), relayout)
+        alone = problem_of(replace(site, program=None, prologue=None), relayout)
         assert alone is not None, "it has the same sizes"
         return autotune.measure(alone[0], problem, shape, device, gpu, options.replayed, beside)
     return predict(problem, shape, gpu, options.replayed, beside)
@@ -255,7 +281,7 @@ def _result_bytes(problem: Problem, shape: tuple[int, ...]) -> int:
 def problem_of(site: Site, relayout: bool = False) -> tuple[Problem, tuple[int, ...]] | None:
     """The convolution as kernels see it, and x's shape. What varies is as in this call; None where that is unknown."""
     convolution = site.convolution
-    x, weight = (value_of(node) for node in (convolution.x, convolution.weight) if node is not None)
+    x, weight = (value_of(node) for node in (site.x, convolution.weight) if node is not None)
     dtype = convolution.value.dtype
     hints = [hint_of(size) for size in x.shape]
     shape = tuple(hint for hint in hints if hint is not None)
@@ -268,15 +294,19 @@ def problem_of(site: Site, relayout: bool = False) -> tuple[Problem, tuple[int, 
     if relayout:
         problem = replace(problem, x_last=True, out_last=True)
     spans = (cdiv(axis.output_size(size), axis.stride) for axis, size in zip(axes, shape[2:], strict=True))
-    hopper = problem.hopper and site.program is None  # which that march does not take
-    return replace(problem, positions=shape[0] * math.prod(spans), hopper=hopper), shape
+    hopper = problem.hopper and not (site.program and site.program.tensors)  # which that march does not take
+    prologue = site.prologue is not None
+    return replace(problem, positions=shape[0] * math.prod(spans), hopper=hopper, prologue=prologue), shape
 
 
-def taken(site: Site, kernel: str | None, relayout: bool = False, program: bool = True) -> Site:
+def taken(site: Site, kernel: str | None, relayout: bool = False, program: bool = True, prologue: bool = False) -> Site:
     """The site as a kernel takes it: with its program's nodes in the tail, or without a program.
 
-    A residual of a site that becomes channels_last would have to as well, in a pass of its own.
+    A residual of a site that becomes channels_last would have to as well, in a pass of its own. A prologue is done in
+    the pass in which x does, by Inductor.
     """
+    if kernel != "fused" or relayout or not prologue:
+        site = replace(site, prologue=None)
     residual = relayout and site.program is not None and bool(site.program.tensors)
     if kernel not in ("fused", "epilogue") or residual or not program:
         return replace(site, program=None)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from fusion_backend import surroundings
-from fusion_backend.choice import Choice, choose
+from fusion_backend.choice import Choice, choose, taken
 from fusion_backend.options import Options
 from fusion_backend.patterns.site import Site, find_convolutions, match
 from fusion_backend.patterns.source import Miss, is_tensor, value_of
@@ -38,17 +38,41 @@ def make_plan(module: fx.GraphModule, options: Options) -> tuple[Decision, ...]:
 
 
 def _decide(module: fx.GraphModule, options: Options, around: Surroundings) -> tuple[Decision, ...]:
+    """In graph order: what the tail of one site holds is no other's prologue."""
+    held: set[fx.Node] = set()
+
+    def read(node: fx.Node, bare: bool = False) -> Site | Miss:
+        site = match(node, bare)
+        if isinstance(site, Site) and site.prologue is not None and not held.isdisjoint(site.prologue.nodes):
+            return replace(site, prologue=None)
+        return site
+
     def decide(node: fx.Node) -> Decision:
-        found = match(node)
+        found = read(node)
         if isinstance(found, Site):
             return Decision(node, found, choose(found, options, around))
-        bare = match(node, bare=True)
+        bare = read(node, bare=True)
         choice = choose(bare, options, around) if isinstance(bare, Site) else None
         if isinstance(bare, Site) and choice is not None and choice.kernel == "fused":
             return Decision(node, bare, choice)
         return Decision(node, found, None)
 
-    return tuple(decide(node) for node in find_convolutions(module))
+    plan = []
+    for node in find_convolutions(module):
+        decision = decide(node)
+        held.update(_replaced(decision))
+        plan.append(decision)
+    return tuple(plan)
+
+
+def _replaced(decision: Decision) -> tuple[fx.Node, ...]:
+    """The nodes of the site's tail that the rewrite replaces."""
+    site, choice = decision.found, decision.choice
+    if not isinstance(site, Site) or choice is None or choice.kernel is None:
+        return ()
+    if choice.kernel == "inductor" and not choice.training and not (choice.folds and site.is_shorter_folded):
+        return ()
+    return taken(site, choice.kernel, choice.relayout, choice.program).tail
 
 
 def _is_2d(node: fx.Node) -> bool:

@@ -1,12 +1,12 @@
-"""A site's program as our operators take it: text (see ``kernels/program.py``), and a column for each vector in it."""
+"""A program as our operators take it: text (see ``kernels/program.py``), and a column for each vector in it."""
 
 from __future__ import annotations
 
 from fusion_backend.patterns.coefficient import Coefficient
-from fusion_backend.patterns.program import Program
+from fusion_backend.patterns.program import Instruction
 
 
-def text_of(program: Program) -> tuple[str, list[Coefficient]]:
+def written(instructions: tuple[Instruction, ...]) -> tuple[str, list[Coefficient]]:
     """The text, and the coefficients that it calls c0, c1, ..."""
     columns: list[Coefficient] = []
 
@@ -18,6 +18,6 @@ def text_of(program: Program) -> tuple[str, list[Coefficient]]:
 
     lines = [
         [each.name, *(f"v{v}" if v >= 0 else f"t{-1 - v}" for v in each.values), *map(word, each.parameters)]
-        for each in program.instructions
+        for each in instructions
     ]
     return "; ".join(map(" ".join, lines)), columns

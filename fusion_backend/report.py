@@ -23,6 +23,8 @@ class SiteReport:
     ``reason``   why this kernel, and why the tail goes no further; or why nothing was matched
     ``equation`` the normal form of the tail, x being the convolution without its bias, and behind it the steps of the
                  program that a kernel of ours takes, such as "v1 = tanh(y)"; "" for a miss
+    ``prologue`` what that kernel does to the convolution's input first, such as "v1 = leaky_relu(input, 0.1)"; ""
+                 where that is nothing
     ``source``   file:line of the user's lines, the convolution's first
     ``convolution`` channels and shape of the convolution
     """
@@ -33,6 +35,7 @@ class SiteReport:
     equation: str
     source: str
     convolution: str
+    prologue: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Report:
         for number, site in enumerate(self.sites, 1):
             rows = (
                 ("source", site.source),
+                ("before", site.prologue),
                 ("tail", site.equation),
                 ("kernel", site.kernel or "none"),
                 ("reason", site.reason),
@@ -68,11 +72,15 @@ def _describe(decision: Decision) -> SiteReport:
     if isinstance(found, Miss):
         return SiteReport(False, None, found.reason, "", source_line(node), _convolution(node))
     assert choice is not None, "a site always has a choice"
-    site = taken(found, choice.kernel, choice.relayout, choice.program)
+    site = taken(found, choice.kernel, choice.relayout, choice.program, choice.prologue)
+    before = site.prologue.nodes if site.prologue else ()
     equation = f"{site.biased}; {site.program}" if site.program else str(site.biased)
     reason = f"{choice.why} (the tail ends at {(site.program or site).end.reason})"
-    lines = dict.fromkeys(line for line in map(source_line, (node, *site.tail)) if line)
-    return SiteReport(choice.kernel is not None, choice.kernel, reason, equation, ", ".join(lines), _convolution(node))
+    lines = dict.fromkeys(line for line in map(source_line, (node, *before, *site.tail)) if line)
+    return SiteReport(
+        choice.kernel is not None, choice.kernel, reason, equation, ", ".join(lines), _convolution(node),
+        str(site.prologue or ""),
+    )  # fmt: skip
 
 
 def _convolution(node: fx.Node) -> str:

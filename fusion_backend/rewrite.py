@@ -23,9 +23,10 @@ from fusion_backend.patterns import coefficient as co
 from fusion_backend.patterns.algebra import NormalForm
 from fusion_backend.patterns.coefficient import Coefficient, Leaf
 from fusion_backend.patterns.gradient import Gate
+from fusion_backend.patterns.program import Instruction
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import is_tensor, value_of
-from fusion_backend.program_text import text_of
+from fusion_backend.program_text import written
 
 
 def fold(site: Site) -> bool:
@@ -47,34 +48,38 @@ def use_epilogue(site: Site) -> bool:
     with _inserting(site):
         y = _without_bias(site) if site.convolution.bias is not None else node
         arguments = (y, *_coefficients(site, site.biased))
-        node.graph.call_function(torch.ops.fused_post.epilogue_.default, arguments, _program(site))
+        node.graph.call_function(torch.ops.fused_post.epilogue_.default, arguments, _programs(site))
     _replace(site, readers, y)
     if y is not node:
         node.graph.erase_node(node)
     return True
 
 
-def use_fused(site: Site, plan: str | None = None, relayout: bool = False, program: bool = True) -> bool:
+def use_fused(
+    site: Site, plan: str | None = None, relayout: bool = False, program: bool = True, prologue: bool = False
+) -> bool:
     """Replace convolution, bias and tail by the operator ``fused_post::conv_transpose``, which takes ``plan``.
 
-    ``relayout``: by way of channels_last. What is read and what is returned keep their strides. ``program``: the
-    operator takes the site's, where it has one.
+    ``relayout``: by way of channels_last. What is read and what is returned keep their strides. ``program`` and
+    ``prologue``: the operator takes the site's, where it has one.
     """
     from fusion_backend.kernels import conv_transpose  # noqa: F401  the import registers the operator, and needs triton
 
-    site = taken(site, "fused", relayout, program)
+    site = taken(site, "fused", relayout, program, prologue)
     readers = _readers(site)
     with _inserting(site):
         last, allow_tf32 = layout_of(site.convolution.value)
         target = torch.ops.fused_post.conv_transpose.default
-        y = _call(site, target, relayout or last, allow_tf32, plan, **_program(site))
+        y = _call(site, target, relayout or last, allow_tf32, plan, **_programs(site))
         if relayout:
             x: Any = y.args[0]
             with y.graph.inserting_before(y):
                 y.update_arg(0, y.graph.call_method("contiguous", (x,), {"memory_format": torch.channels_last}))
             y = y.graph.call_method("contiguous", (y,))
     _replace(site, readers, y)
-    site.convolution.node.graph.erase_node(site.convolution.node)
+    before = site.prologue.nodes if site.prologue else ()
+    for node in (site.convolution.node, *reversed(before)):
+        node.graph.erase_node(node)
     return True
 
 
@@ -92,7 +97,7 @@ def use_training(site: Site, fused: bool, leave_bias: bool, program: bool = Fals
     with _inserting(site):
         flags = (gate.lo_open, gate.hi_open, gate.passes_nan, fused, *layout_of(site.convolution.value))
         target = torch.ops.fused_post.conv_transpose_training.default
-        both = _call(site, target, *flags, leave_bias=leave_bias, **_program(site))
+        both = _call(site, target, *flags, leave_bias=leave_bias, **_programs(site))
         y = both.graph.call_function(operator.getitem, (both, 0))
     _replace(site, readers, y)
     site.convolution.node.graph.erase_node(site.convolution.node)
@@ -107,7 +112,7 @@ def _call(site: Site, target: Any, *flags: Any, leave_bias: bool | None = None, 
     convolution = site.convolution
     dtype, graph = convolution.value.dtype, convolution.node.graph
     assert convolution.weight is not None
-    inputs: list[fx.Node | None] = [_as(dtype, convolution.x), _as(dtype, convolution.weight)]
+    inputs: list[fx.Node | None] = [_as(dtype, site.x), _as(dtype, convolution.weight)]
     left = convolution.bias if leave_bias else None
     if leave_bias is not None:
         inputs.append(None if left is None else _as(dtype, left))
@@ -143,21 +148,34 @@ def _coefficients(site: Site, form: NormalForm) -> tuple[fx.Node | float | None,
     return (*map(vector, coefficients), *numbers)
 
 
-def _program(site: Site) -> dict[str, Any]:
-    """What is done behind the first normal form, as our operators take it; for one that trains, which columns learn."""
-    if site.program is None:
-        return {}
-    text, columns = text_of(site.program)
+def _programs(site: Site) -> dict[str, Any]:
+    """What is done behind the first normal form, and before the convolution, as our operators take it.
+
+    For an operator that trains also which columns learn.
+    """
+    given: dict[str, Any] = {}
+    if site.program is not None:
+        text, vectors, columns = _program(site, site.program.instructions, site.convolution.value.shape[1])
+        tensors = {f"tensor_{i}": tensor for i, tensor in enumerate(site.program.tensors)}
+        given |= {"program": text, "vectors": vectors, **tensors}
+        if site.gate is not None:
+            given["learned"] = [i for i, c in enumerate(columns) if any(leaf.learned for leaf in co.leaves(c))]
+    if site.prologue is not None:
+        text, vectors, _ = _program(site, site.prologue.instructions, value_of(site.x).shape[1])
+        given |= {"prologue": text, "prologue_vectors": vectors}
+    return given
+
+
+def _program(
+    site: Site, instructions: tuple[Instruction, ...], channels: int
+) -> tuple[str, fx.Node | None, list[Coefficient]]:
+    """Text, a column for each vector in it, or None, and what the columns are."""
+    text, columns = written(instructions)
     leaf = _leaf_reader(site, GraphAppendingTracer(site.last.graph), columns)
     known: dict[int, Any] = {}
-    channels = site.convolution.value.shape[1]
     vectors: Any = [co.evaluate(column, leaf, known).expand(channels) for column in columns]
     stacked: Any = torch.stack(vectors, 1) if vectors else None
-    tensors = {f"tensor_{i}": tensor for i, tensor in enumerate(site.program.tensors)}
-    program = {"program": text, "vectors": stacked.node if vectors else None, **tensors}
-    if site.gate is not None:
-        program["learned"] = [i for i, c in enumerate(columns) if any(leaf.learned for leaf in co.leaves(c))]
-    return program
+    return text, stacked.node if vectors else None, columns
 
 
 def _as(dtype: torch.dtype, node: fx.Node) -> fx.Node:

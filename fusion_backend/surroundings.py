@@ -14,10 +14,19 @@ import torch._inductor.config
 from torch import fx
 
 from fusion_backend.patterns.convolution import Convolution, read_convolution
-from fusion_backend.patterns.site import functions
+from fusion_backend.patterns.site import Site, functions
 from fusion_backend.patterns.source import aten_name, is_tensor, value_of
 
 _CONVOLUTIONS = ("conv2d", "convolution", "cudnn_convolution")
+
+# What reads its input from memory, however that was made. The windows of a pool would make each value several times:
+# Inductor stores it first where it takes more than one load, of a bias for instance, to make it (``realize_hint``).
+_LIBRARY = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
+_WINDOWS = ("max_pool", "avg_pool")
+_VIEWS = (
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "expand",
+    "getitem", "narrow", "chunk", "split", "unbind", "detach", "t",
+)  # fmt: skip
 
 # Inductor relays out no graph with 300 of its nodes, which are smaller than ours, for each convolution.
 MOST_NODES = 60
@@ -35,6 +44,21 @@ class Surroundings:
 def read(module: fx.GraphModule, left: Iterable[fx.Node] = ()) -> Surroundings:
     """``left`` are transposed convolutions that Inductor keeps."""
     return Surroundings(functions(module), _relayout(module, [*_ordinary(module), *left]))
+
+
+def is_stored(node: fx.Node) -> bool:
+    """Whether the value lies in memory, whatever reads it: an input of the graph, or what a library computes.
+
+    A bias Inductor adds itself, together with what reads the sum.
+    """
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    transposed = read_convolution(node)
+    if isinstance(transposed, Convolution):
+        return transposed.weight is not None and transposed.bias is None
+    name = aten_name(node.target) or getattr(node.target, "__name__", "")
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    return node.op == "call_function" and name in ("conv1d", "conv3d", *_CONVOLUTIONS) and bias is None
 
 
 def _ordinary(module: fx.GraphModule) -> Iterator[fx.Node]:
@@ -66,3 +90,29 @@ def _is_grouped(node: fx.Node) -> bool:
     if isinstance(transposed, Convolution):
         return weight.shape[1] > 1 and transposed.groups > 1
     return weight.shape[1] > 1 and bool(x.shape[1] // weight.shape[1] > 1)
+
+
+def saves_a_pass(site: Site) -> bool:
+    """Whether Inductor would do the site's tail in a pass over memory that our kernel saves.
+
+    It would not where there is no tail, and where it reads the result in a pass that is needed anyway: before a norm, a
+    mean, a softmax, a concatenation or another pointwise operation, it does the tail in that one.
+    """
+    if not site.tail and site.convolution.bias is None:
+        return False
+    inside = {site.convolution.node, *site.tail}
+    loads = site.convolution.bias is not None
+    return not any(_is_pass(user, loads) for name in site.aliases for user in name.users if user not in inside)
+
+
+def _is_pass(node: fx.Node, loads: bool) -> bool:
+    """Whether Inductor makes what ``node`` reads together with it; ``loads``: from more than one value in memory."""
+    name = aten_name(node.target) or str(getattr(node.target, "__name__", node.target))
+    if node.op == "output" or name.startswith("conv") or name in _LIBRARY:
+        return False
+    if loads and name.startswith(_WINDOWS):
+        return False
+    if name in _VIEWS:
+        return any(_is_pass(user, loads) for user in node.users)
+    result = value_of(node)
+    return any(map(is_tensor, result)) if isinstance(result, (tuple, list)) else is_tensor(result)

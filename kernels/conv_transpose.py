@@ -1,8 +1,8 @@
 """y = min(max(a * conv_transpose(x, w) + b, lo), hi): a transposed convolution with its tail inside.
 
 x is [N, C_in, *spatial] of rank 3 to 5, w [C_in, C_out / groups, *kernel]; a, b, lo and hi are each a number or one
-value per output channel. Whatever else the tail does to y, activations and so on, is a ``program``. The accumulator
-never leaves the chip: y is written once, and rounded once.
+value per output channel. Whatever else the tail does to y, activations and so on, is a ``program``. What is done to x
+first is another one, the ``prologue``. The accumulator never leaves the chip: y is written once, and rounded once.
 
 Each phase of the output (see ``phases``) is a dense convolution, hence a matrix product over its own taps and C_in:
 
@@ -36,7 +36,15 @@ from torch.fx.experimental.symbolic_shapes import guard_or_true
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
-from fusion_backend.kernels import epilogue, hopper_march, hopper_strips, row_march, strips
+from fusion_backend.kernels import (
+    epilogue,
+    hopper_march,
+    hopper_march_training,
+    hopper_strips,
+    packing,
+    row_march,
+    strips,
+)
 from fusion_backend.kernels.arguments import axes_for, check_inputs
 from fusion_backend.kernels.coefficients import (
     Coefficient,
@@ -52,6 +60,7 @@ from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.gate import EVERYTHING, Gate, passes_gate, store_bits
 from fusion_backend.kernels.launching import runs, takes_long_offsets, unit_of
 from fusion_backend.kernels.layout import empty, is_channels_last
+from fusion_backend.kernels.packing import Packing
 from fusion_backend.kernels.phases import Axis
 from fusion_backend.kernels.plans import Plan, choose_plan, plan_named, plans_for
 from fusion_backend.kernels.problem import Problem, problem_for
@@ -59,6 +68,7 @@ from fusion_backend.kernels.program import (
     NO_PROGRAM,
     Program,
     apply_program,
+    apply_prologue,
     check_program,
     laid_out_as,
     load_tensors,
@@ -67,7 +77,7 @@ from fusion_backend.kernels.program import (
 )
 from fusion_backend.kernels.program import reference as run_program
 from fusion_backend.kernels.rounding import cdiv
-from fusion_backend.kernels.tf32 import round_to_tf32, rounded_to_tf32
+from fusion_backend.kernels.tf32 import rounded_to_tf32
 from fusion_backend.kernels.tiling import Tiling, choose_tiling, tiling_for, tilings, why_no_bits
 
 # In an image, of x or of the output: pixels, also those that fill a row of phases up, are counted in 32 bits.
@@ -92,11 +102,12 @@ def reference(
     hi: Coefficient = None,
     *,
     program: Program = NO_PROGRAM,
+    prologue: Program = NO_PROGRAM,
 ) -> torch.Tensor:
-    """The same in plain PyTorch. In float64 for a float64 x, else in float32; rounded once."""
+    """The same in plain PyTorch. In float64 for a float64 x, else in float32; rounded once, and so is the prologue."""
     compute = torch.promote_types(x.dtype, torch.float32)
     y = CONV_TRANSPOSE[x.dim()](
-        x.to(compute),
+        run_program(x.to(compute), prologue).to(x.dtype).to(compute),
         weight.to(compute),
         None,
         [axis.stride for axis in axes],
@@ -144,10 +155,8 @@ def _within(
 
 
 @triton.jit
-def _x_tile(
-    xs_ptr,
+def _inputs_of(
     step,
-    per_channel,
     q,
     inside,
     sizes,
@@ -155,12 +164,13 @@ def _x_tile(
     counts,
     BACK: tl.constexpr,
     MOVES: tl.constexpr,
-    PER_PIXEL: tl.constexpr,
     C_IN: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    OFFSET: tl.constexpr,
 ):
-    """The inputs of one step, zero where they are beyond x. ``xs_ptr`` points to those at q; BACK: from tap to tap."""
+    """Of the inputs of one step: their first channel, their distance from q in pixels, and which of them are in x.
+
+    BACK: from tap to tap.
+    """
     BLOCKS_K: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
     q_d, q_h, q_w = q
     D, H, W = sizes
@@ -185,6 +195,28 @@ def _x_tile(
     exists = inside[:, None]
     if C_IN % BLOCK_K != 0:
         exists = exists & (k_0 + tl.arange(0, BLOCK_K) < C_IN)[None, :]
+    return k_0, distance, exists
+
+
+@triton.jit
+def _x_tile(
+    xs_ptr,
+    step,
+    per_channel,
+    q,
+    inside,
+    sizes,
+    offsets,
+    counts,
+    BACK: tl.constexpr,
+    MOVES: tl.constexpr,
+    PER_PIXEL: tl.constexpr,
+    C_IN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """The inputs of one step, zero where they are beyond x. ``xs_ptr`` points to those at q."""
+    k_0, distance, exists = _inputs_of(step, q, inside, sizes, offsets, counts, BACK, MOVES, C_IN, BLOCK_K)
     return tl.load(xs_ptr + (tl.cast(distance, OFFSET) * PER_PIXEL + k_0 * per_channel), mask=exists, other=0.0)
 
 
@@ -208,6 +240,7 @@ def _conv_transpose_kernel(
     vectors_ptr,
     tensor_0_ptr,
     tensor_1_ptr,
+    prologue_vectors_ptr,
     N,
     D,
     H,
@@ -224,6 +257,7 @@ def _conv_transpose_kernel(
     HI_OPEN: tl.constexpr,
     PASSES_NAN: tl.constexpr,
     PROGRAM: tl.constexpr,
+    PROLOGUE: tl.constexpr,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -392,6 +426,11 @@ def _conv_transpose_kernel(
             )
             if AHEAD:
                 x, x_next = x_next, x
+            if PROLOGUE != "":
+                k_0, _, exists = _inputs_of(step, q, inside, sizes, offsets, counts, BACK, MOVES, C_IN, BLOCK_K)
+                in_channel = tl.minimum(c_in + k_0, ALL_IN - 1)[None, :]
+                before = load_vectors(prologue_vectors_ptr, in_channel, None, None, PROLOGUE)
+                x = apply_prologue(x, before, exists, PROLOGUE)
             tap = step // BLOCKS_K
             tap_d = first_d + tap // (count_w * count_h) * STEP_D
             tap_h = first_h + tap // count_w % count_h * STEP_H
@@ -497,16 +536,10 @@ def _conv_transpose_kernel(
 
 
 def pack(weight: torch.Tensor, problem: Problem, tiling: Tiling) -> torch.Tensor:
-    """[groups, C_out * taps, C_in], C_in filled up with zeros to whole blocks, and rounded where the product is TF32.
-
-    A transposition, which compilers know how to do at the speed of a copy.
-    """
-    packed = weight.reshape(problem.groups, problem.C_in, -1).transpose(1, 2)
-    packed = packed.clone(memory_format=torch.contiguous_format)
-    if problem.tf32 and problem.dot:
-        packed = round_to_tf32(packed)
-    missing = -problem.C_in % tiling.block_k
-    return F.pad(packed, (0, missing)) if missing else packed
+    """[groups * C_out * taps, C_in], C_in filled up to whole blocks, and rounded where the product is TF32."""
+    depth = cdiv(problem.C_in, tiling.block_k) * tiling.block_k
+    rounded = problem.tf32 and problem.dot
+    return packing.pack(weight, problem.groups, Packing(problem.C_out, depth, by_tap=False, rounded=rounded))
 
 
 def launch(
@@ -519,6 +552,7 @@ def launch(
     bits: torch.Tensor | None = None,
     gate: Gate = EVERYTHING,
     program: Program = NO_PROGRAM,
+    prologue: Program = NO_PROGRAM,
 ) -> None:
     """Fill ``out`` from ``x``, both dense, that is contiguous or channels_last, and from what ``pack`` returns.
 
@@ -555,6 +589,7 @@ def launch(
         *coefficients.tensors,
         program.vectors,
         *program.tensors,
+        prologue.vectors,
         N,
         D,
         H,
@@ -563,6 +598,7 @@ def launch(
         *coefficients.present,
         *(gate.lo_open, gate.hi_open, gate.passes_nan),
         PROGRAM=program.text,
+        PROLOGUE=prologue.text,
         C_IN=problem.C_in,
         C_OUT=problem.C_out,
         GROUPS=problem.groups,
@@ -598,16 +634,18 @@ def run(
     gate: Gate | None = None,
     plan_name: str | None = None,
     program: Program = NO_PROGRAM,
+    prologue: Program = NO_PROGRAM,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """What ``conv_transpose`` returns and, with a gate, its bits; then None where no kernel can write these.
 
-    There are no bits behind a program, and the march on Hopper takes none.
+    There are no bits behind a program. They are written by the march on Hopper, where that can. That takes no prologue.
     """
     groups = int(groups)
     check_inputs(x, weight, groups)
     C_out = int(weight.shape[1]) * groups
     check_coefficients(C_out, x.device, tensors)
     check_program(program, C_out, x.device)
+    check_program(prologue, int(x.shape[1]), x.device)
     axes = axes_for(x.dim() - 2, weight.shape[2:], stride, padding, output_padding, dilation)
     if is_channels_last(x) is None:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -622,10 +660,14 @@ def run(
     if runs(_conv_transpose_kernel, x) and indexable:
         compiled = isinstance(_conv_transpose_kernel, JITFunction)
         problem = problem_for(x, weight, axes, groups, out_last, allow_tf32, compiled)
-        problem = replace(problem, hopper=problem.hopper and not program.text)
         tensors_read = sum(tensor is not None for tensor in program.tensors)
-        general = (Plan(tiling.config) for tiling in (choose_tiling(problem), *tilings(problem)))
-        candidates = [_plan(problem, x, plan_name, tensors_read), *general] if compiled else [*general]
+        columns = 0 if program.vectors is None else int(program.vectors.shape[1])
+        problem = replace(problem, hopper=problem.hopper and not tensors_read, prologue=bool(prologue.text))
+        candidates = [Plan(tiling.config) for tiling in (choose_tiling(problem), *tilings(problem))]
+        if compiled:
+            candidates = [_plan(problem, x, plan_name, tensors_read, columns), *candidates]
+        if compiled and gate is not None and plan_name is None:
+            candidates = [*(each for each in plans_for(problem) if each.is_hopper), *candidates]
         plan = next((each for each in candidates if gate is None or not _why_no_bits(each, problem, sizes[-1])), None)
     if gate is not None and plan is None:
         return None
@@ -633,38 +675,44 @@ def run(
     if plan is not None and plan.is_hopper:
         packed = pack_for(plan, weight, problem)
         axes_of = tuple([int(getattr(axis, name)) for axis in axes] for name in AXIS)
-        y = hopper_march.conv_transpose_hopper(
-            x, weight, packed, *axes_of, *tensors, *numbers, out_last, allow_tf32, plan.name
-        )
+        given = (x, weight, packed, *axes_of, *tensors, *numbers)
+        rest = (out_last, allow_tf32, plan.name)
+        if gate is not None:
+            flags = (gate.lo_open, gate.hi_open, gate.passes_nan)
+            return hopper_march_training.conv_transpose_hopper_training(*given, *flags, *rest)
+        y = hopper_march.conv_transpose_hopper(*given, *rest, program.text, program.vectors)
         return y, y.new_empty(0, dtype=torch.uint8)
     out = empty((x.shape[0], C_out, *sizes), x, out_last)
     bits = out.new_empty(0 if gate is None else cdiv(out.numel(), 8), dtype=torch.uint8)
     coefficients = coefficients_for(out, tensors, numbers)
     program = laid_out_as(out, program)
     if plan is None:
-        out.copy_(reference(x, weight, axes, groups, *coefficients.values, program=program))
+        out.copy_(reference(x, weight, axes, groups, *coefficients.values, program=program, prologue=prologue))
     else:
         packed = pack_for(plan, weight, problem)
         written = None if gate is None else bits
-        launch_plan(out, x, packed, problem, plan, coefficients, written, gate or EVERYTHING, program)
+        launch_plan(out, x, packed, problem, plan, coefficients, written, gate or EVERYTHING, program, prologue)
     return out, bits
 
 
 def _why_no_bits(plan: Plan, problem: Problem, W_out: int) -> str | None:
     if isinstance(plan.config, hopper_strips.Config):
-        return "the march on Hopper writes none"
+        return hopper_strips.why_no_bits(problem, W_out)
     if isinstance(plan.config, strips.Config):
         return strips.why_no_bits(plan.problem(problem), plan.config, W_out)
+    if plan.back:
+        return "they would be those of the workspace"
     tiling = tiling_for(plan.problem(problem), plan.config)
     assert tiling is not None, "a plan fits"
     return why_no_bits(plan.problem(problem), tiling, W_out)
 
 
-def _plan(problem: Problem, x: torch.Tensor, name: str | None, tensors: int = 0) -> Plan:
+def _plan(problem: Problem, x: torch.Tensor, name: str | None, tensors: int = 0, columns: int = 0) -> Plan:
     """The plan of that name; the rule's where there is none, or where x has another layout than the name is for.
 
-    Tracers do not always agree on the strides of what an operation returns. Where a march has no room for the tensors
-    of a program, a march that has, or else the general kernel.
+    Tracers do not always agree on the strides of what an operation returns. Where a march has no room for what a
+    program reads, so many tensors and columns of vectors, a march that has, or else the general kernel; these tensors
+    are the result's, and no workspace's.
     """
     plan = choose_plan(problem, x.shape) if name is None else plan_named(problem, name)
     if plan is None and name is not None and plan_named(replace(problem, x_last=not problem.x_last), name):
@@ -672,6 +720,10 @@ def _plan(problem: Problem, x: torch.Tensor, name: str | None, tensors: int = 0)
     if plan is None:
         known = [each.name for each in plans_for(problem)]
         raise ValueError(f"plan is {name!r}; allowed for this convolution are {known}")
+    if isinstance(plan.config, hopper_strips.Config) and not hopper_strips.has_room(problem, plan.config, columns):
+        plan = choose_plan(problem, x.shape)
+    if plan.back and tensors:
+        plan = Plan(choose_tiling(Plan(plan.config, plan.turned).problem(problem)).config, plan.turned)
     rest = plan.problem(problem)
     if isinstance(plan.config, strips.Config) and not strips.has_room(rest, plan.config, tensors):
         configs = (config for config in strips.configs_for(rest) if strips.has_room(rest, config, tensors))
@@ -701,25 +753,32 @@ def launch_plan(
     bits: torch.Tensor | None = None,
     gate: Gate = EVERYTHING,
     program: Program = NO_PROGRAM,
+    prologue: Program = NO_PROGRAM,
 ) -> None:
     """Fill ``out``, and ``bits`` where given, from ``x`` and from what ``pack_for`` returns; all of them are dense.
 
-    Not for "hopper", which is opaque.
+    Not for "hopper", which is opaque. A pass that turns x does the prologue, too.
     """
     if out.numel() == 0:
         return
     assert not isinstance(plan.config, hopper_strips.Config), "a plan with an operator of its own"
     if plan.turned:
         turned = empty(x.shape, x, True)
-        epilogue.launch(turned, x, NO_COEFFICIENTS)
-        x, problem = turned, plan.problem(problem)
+        epilogue.launch(turned, x, NO_COEFFICIENTS, program=prologue)
+        x, prologue = turned, NO_PROGRAM
+    problem = plan.problem(problem)
+    if plan.back:
+        turned = empty(out.shape, out, True)
+        launch_plan(turned, x, packed, problem, Plan(plan.config), coefficients, program=program, prologue=prologue)
+        epilogue.launch(out, turned, NO_COEFFICIENTS)
+        return
     if isinstance(plan.config, strips.Config):
         march = strips.march_for(problem, x.shape, plan.config)
-        row_march.launch(out, x, packed, problem, march, coefficients, bits, gate, program)
+        row_march.launch(out, x, packed, problem, march, coefficients, bits, gate, program, prologue)
         return
     tiling = tiling_for(problem, plan.config)
     assert tiling is not None, "a plan fits"
-    launch(out, x, packed, problem, tiling, coefficients, bits, gate, program)
+    launch(out, x, packed, problem, tiling, coefficients, bits, gate, program, prologue)
 
 
 # The body comes first: where triton_op registers an operator it looks for the kernels behind it, for compile caches.
@@ -749,6 +808,8 @@ def conv_transpose(
     vectors: torch.Tensor | None = None,
     tensor_0: torch.Tensor | None = None,
     tensor_1: torch.Tensor | None = None,
+    prologue: str = "",
+    prologue_vectors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """min(max(scale * conv_transpose(x, weight) + shift, lo), hi), as [N, C_out, *spatial] of x's dtype.
 
@@ -762,12 +823,14 @@ def conv_transpose(
     of ``plans_for``, and None the rule's. ``program``: what is done to that value before it is rounded, written as in
     ``kernels/program.py``, ``vectors`` the contiguous float32 [C_out, k] that it names, on x's device, and ``tensor_0``
     and ``tensor_1`` what it names t0 and t1, of the result's shape, dtype and device; in another memory format they are
-    copied. Raises ValueError or TypeError for anything else.
+    copied. ``prologue``: what is done to x first, rounded to x's dtype, written in the same way but without tensors;
+    ``prologue_vectors`` is [C_in, k]. Raises ValueError or TypeError for anything else.
     """
     numbers = (scale_number, shift_number, lo_number, hi_number)
     sizes = (stride, padding, output_padding, dilation)
     tensors = (scale, shift, lo, hi)
     steps = Program(program, vectors, (tensor_0, tensor_1))
-    ran = run(x, weight, *sizes, groups, tensors, numbers, channels_last, allow_tf32, None, plan, steps)
+    before = Program(prologue, prologue_vectors)
+    ran = run(x, weight, *sizes, groups, tensors, numbers, channels_last, allow_tf32, None, plan, steps, before)
     assert ran is not None, "None is for gates"
     return ran[0]

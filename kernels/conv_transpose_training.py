@@ -63,6 +63,7 @@ def _forward(
     gate: Gate | None,
     fused: bool,
     layout: tuple[bool | None, bool],
+    plan: str | None,
     program: Program = NO_PROGRAM,
     learned: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +80,7 @@ def _forward(
             f"({int(weight.shape[1]) * groups},) of x's dtype, {x.dtype}"
         )
     if fused and bias is None and epilogue.runs_kernel(x):
-        ran = conv_transpose.run(x, weight, *sizes, groups, tensors, numbers, *layout, gate, None, program)
+        ran = conv_transpose.run(x, weight, *sizes, groups, tensors, numbers, *layout, gate, plan, program)
         if ran is not None:
             return ran
 
@@ -147,6 +148,7 @@ def conv_transpose_training(
     fused: bool = False,
     channels_last: bool | None = None,
     allow_tf32: bool = True,
+    plan: str | None = None,
     program: str = "",
     vectors: torch.Tensor | None = None,
     tensor_0: torch.Tensor | None = None,
@@ -163,8 +165,9 @@ def conv_transpose_training(
     passes no gradient; ``passes_nan``: a NaN does.
 
     The second result is uint8 [ceil(numel / 8)], or [0] where everything passes. ``fused``: by the kernel of
-    ``conv_transpose``, where that runs, can write the bits, and there is no ``bias``; ``channels_last`` and
-    ``allow_tf32`` are for it. Else PyTorch does the convolution, and the epilogue kernel the rest, in place.
+    ``conv_transpose``, where that runs, can write the bits, and there is no ``bias``; ``channels_last``, ``allow_tf32``
+    and ``plan`` are for it: the march on Hopper where that is None and it can write bits, or else the rule's. Else
+    PyTorch does the convolution, and the epilogue kernel the rest, in place.
 
     ``program``, ``vectors`` (float64 for a float64 x) and ``tensor_0`` as in ``conv_transpose``; then there are no
     bounds beside it, and the second result is of x's dtype: the convolution's value, or [0] where that is not kept.
@@ -177,16 +180,14 @@ def conv_transpose_training(
     gate = Gate(lo_open, hi_open, passes_nan) if bounded or not passes_nan else None
     tensors, numbers = (scale, shift, lo, hi), (scale_number, shift_number, lo_number, hi_number)
     sizes, layout = (stride, padding, output_padding, dilation), (channels_last, allow_tf32)
-    steps = Program(program, vectors, (tensor_0, None))
-    return _forward(
-        x, weight, bias, sizes, int(groups), tensors, numbers, gate, fused, layout, steps, _columns(vectors, learned)
-    )
+    steps, columns = Program(program, vectors, (tensor_0, None)), _columns(vectors, learned)
+    return _forward(x, weight, bias, sizes, int(groups), tensors, numbers, gate, fused, layout, plan, steps, columns)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, weight, bias, *ctx.convolution = inputs[:8]
     scale, shift, lo, hi, ctx.scale_number, ctx.shift_number, lo_number, hi_number = inputs[8:16]
-    ctx.allow_tf32, ctx.program, vectors, tensor, learned = inputs[21:26]
+    ctx.allow_tf32, _, ctx.program, vectors, tensor, learned = inputs[21:27]
     y, second = output
     kept = second if second.numel() else None
     ctx.channels_last = bool(is_channels_last(y))
@@ -238,7 +239,7 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
     passed: torch.Tensor | None
     blocked: torch.Tensor | None = None
     if ctx.program:
-        grad_conv, passed, grad_vectors, grad_tensor = _through_program(ctx, grad, turned, needs_shift, *needs[23:25])
+        grad_conv, passed, grad_vectors, grad_tensor = _through_program(ctx, grad, turned, needs_shift, *needs[24:26])
     elif bits is None and factor is None and number == 1.0:
         grad_conv = _turned(grad, True) if turned else grad
         passed = grad.sum((0, *range(2, grad.dim())), dtype=_compute(grad))
@@ -276,7 +277,7 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
         grad_x if needs_x else None, grad_weight if needs_weight else None, grad_bias if needs_bias else None,
         *(None,) * 5,
         grad_scale, passed if needs_shift else None, blocked if needs_lo else None, blocked if needs_hi else None,
-        *(None,) * 11, grad_vectors, grad_tensor, None,
+        *(None,) * 12, grad_vectors, grad_tensor, None,
     )  # fmt: skip
 
 

@@ -34,11 +34,17 @@ class Form:
     out_last: bool
     tf32: bool
     kinds: tuple[int, int, int, int]  # scale, shift, lo, hi: 0 none, 1 a number, 2 a tensor
+    gate: tuple[bool, bool, bool] | None  # lo_open, hi_open, passes_nan, where bits are written
+    program: str
     channels: int
     slots: int
     registers: int
     together: bool
     burst: bool
+
+    @property
+    def writes_bits(self) -> bool:
+        return self.gate is not None
 
     @property
     def halo(self) -> int:

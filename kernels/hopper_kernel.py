@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fusion_backend.kernels.gate import passes_gate
 from fusion_backend.kernels.hopper_producer import produce
 from fusion_backend.kernels.hopper_tiles import (
     append,
@@ -22,6 +23,7 @@ from fusion_backend.kernels.hopper_tiles import (
     stacked,
     tile_layout,
 )
+from fusion_backend.kernels.program import apply_program, columns_of
 
 
 @gluon.jit
@@ -86,33 +88,95 @@ def _add(carried, zero, xs, ws, z, R: gl.constexpr, FIRST: gl.constexpr, COUNT: 
 
 
 @gluon.jit
+def _per_channel(cs, INDEX: gl.constexpr, layout: gl.constexpr, FORM: gl.constexpr):
+    if FORM.out_last:
+        value = gl.expand_dims(cs.index(INDEX).load(gl.SliceLayout(0, layout)), 0)
+    else:
+        value = gl.expand_dims(cs.index(INDEX).load(gl.SliceLayout(1, layout)), 1)
+    return value
+
+
+@gluon.jit
 def _coefficient(cs, INDEX: gl.constexpr, number, layout: gl.constexpr, FORM: gl.constexpr):
     if FORM.kinds[INDEX] == 2:
-        if FORM.out_last:
-            value = gl.expand_dims(cs.index(INDEX).load(gl.SliceLayout(0, layout)), 0)
-        else:
-            value = gl.expand_dims(cs.index(INDEX).load(gl.SliceLayout(1, layout)), 1)
+        value = _per_channel(cs, INDEX, layout, FORM)
     else:
         value = number
     return value
 
 
 @gluon.jit
+def _passes(z, lo, hi, FORM: gl.constexpr):
+    """``passes_gate``. A bound that is a number is finite, so that comparing with it blocks a NaN, at no cost."""
+    HAS_LO: gl.constexpr = FORM.kinds[2] != 0
+    HAS_HI: gl.constexpr = FORM.kinds[3] != 0
+    LO_OPEN: gl.constexpr = FORM.gate[0]
+    HI_OPEN: gl.constexpr = FORM.gate[1]
+    if FORM.gate[2] or (FORM.kinds[2] != 1 and FORM.kinds[3] != 1):
+        passing = passes_gate(z, lo, hi, HAS_LO, HAS_HI, LO_OPEN, HI_OPEN, FORM.gate[2])
+    elif FORM.kinds[2] == 1:
+        passing = (z > lo) if LO_OPEN else (z >= lo)
+        passing = passing & passes_gate(z, lo, hi, False, HAS_HI, LO_OPEN, HI_OPEN, True)
+    else:
+        passing = (z < hi) if HI_OPEN else (z <= hi)
+        passing = passing & passes_gate(z, lo, hi, HAS_LO, False, LO_OPEN, HI_OPEN, True)
+    return passing
+
+
+@gluon.jit
 def _tail(y, cs, numbers, layout: gl.constexpr, FORM: gl.constexpr):
+    """What becomes of a tile, and whether its elements pass the gradient."""
     scale, shift, lo, hi = numbers
     if FORM.kinds[0] != 0:
         y = y * _coefficient(cs, 0, scale, layout, FORM)
     if FORM.kinds[1] != 0:
         y = y + _coefficient(cs, 1, shift, layout, FORM)
+    passing = y
+    if FORM.writes_bits:
+        low = _coefficient(cs, 2, lo, layout, FORM)
+        high = _coefficient(cs, 3, hi, layout, FORM)
+        passing = _passes(y, low, high, FORM)
     if FORM.kinds[2] != 0:
         y = gl.maximum(y, _coefficient(cs, 2, lo, layout, FORM), propagate_nan=tl.PropagateNan.ALL)
     if FORM.kinds[3] != 0:
         y = gl.minimum(y, _coefficient(cs, 3, hi, layout, FORM), propagate_nan=tl.PropagateNan.ALL)
-    return y
+    PROGRAM: gl.constexpr = FORM.program
+    vectors = ()
+    for column in gl.static_range(columns_of(PROGRAM)):
+        vectors = append(vectors, _per_channel(cs, 4 + column, layout, FORM))
+    return apply_program(y, vectors, (), PROGRAM), passing
 
 
 @gluon.jit
-def _store_row(accs, out_ptr, corner, o_r, e_m: gl.constexpr, sizes, z, channel_0, cs, numbers, FORM: gl.constexpr):
+def _pixels(pixel, per_middle, plane, FORM: gl.constexpr):
+    """Of a tile's pixels, from the strip's first: elements in memory, and along W, the other dimension and images."""
+    BOX_W: gl.constexpr = FORM.box[2] * FORM.joined
+    in_row = pixel % BOX_W * (FORM.stride[2] // FORM.joined)
+    in_m = pixel // BOX_W % FORM.box[1] * FORM.stride[1]
+    image = pixel // (BOX_W * FORM.box[1])
+    if FORM.box[0] == 1 and FORM.box[1] == 1:
+        at = pixel * (FORM.stride[2] // FORM.joined)
+    elif FORM.out_last:
+        at = image * plane + in_m * per_middle + in_row
+    else:
+        at = image * (FORM.C_out * plane) + in_m * per_middle + in_row
+    return at, in_row, in_m, image
+
+
+@gluon.jit
+def _spread(of_pixels, of_channels, FORM: gl.constexpr):
+    """Both along their dimensions of a tile."""
+    if FORM.out_last:
+        both = of_pixels[:, None], of_channels[None, :]
+    else:
+        both = of_pixels[None, :], of_channels[:, None]
+    return both
+
+
+@gluon.jit
+def _store_row(
+    accs, out_ptr, bits_ptr, corner, o_r, e_m: gl.constexpr, sizes, z, channel_0, cs, numbers, FORM: gl.constexpr
+):
     """Phases along W of an output row, each [pixels, channels]."""
     N, R, M, W = sizes
     n, m, w = corner
@@ -130,30 +194,20 @@ def _store_row(accs, out_ptr, corner, o_r, e_m: gl.constexpr, sizes, z, channel_
     PIXELS: gl.constexpr = 64 * FORM.joined
     JOINED: gl.constexpr = joined_columns(BITS, FORM.channels)
     LAYOUT: gl.constexpr = tile_layout(FORM, BITS)
-    PIXEL: gl.constexpr = gl.SliceLayout(FORM.out_last, LAYOUT)
-    CHANNEL: gl.constexpr = gl.SliceLayout(1 - FORM.out_last, LAYOUT)
+    ends = (N, O_M, O_W)
 
-    base = out_ptr + n.to(gl.int64) * (FORM.C_out * (O_R * O_M * O_W))
-    base += (o_r * per_row + (m * FORM.stride[1] + e_m) * per_middle + w * FORM.stride[2]) * PER_PIXEL
-    channel = gl.arange(0, FORM.channels, layout=CHANNEL)
-    pixel = gl.arange(0, PIXELS, layout=PIXEL)
-    BOX_W: gl.constexpr = FORM.box[2] * FORM.joined
-    in_row = pixel % BOX_W * (FORM.stride[2] // FORM.joined)
-    in_m = pixel // BOX_W % FORM.box[1] * FORM.stride[1]
-    image = pixel // (BOX_W * FORM.box[1])
-    if FORM.box[0] == 1 and FORM.box[1] == 1:
-        at = pixel * (FORM.stride[2] // FORM.joined)
-    else:
-        at = image * (FORM.C_out * plane) + in_m * per_middle + in_row
-        if FORM.out_last:
-            at = image * plane + in_m * per_middle + in_row
-    at = at * PER_PIXEL
+    first = n.to(gl.int64) * (FORM.C_out * (O_R * O_M * O_W))
+    first += (o_r * per_row + (m * FORM.stride[1] + e_m) * per_middle + w * FORM.stride[2]) * PER_PIXEL
     if FORM.out_last:
-        base += channel_0
-        at = at[:, None] + channel[None, :]
+        first += channel_0
+        per_channel = 1
     else:
-        base += channel_0 * (O_R * O_M * O_W)
-        at = (channel * plane)[:, None] + at[None, :]
+        first += channel_0 * (O_R * O_M * O_W)
+        per_channel = plane
+    channel = gl.arange(0, FORM.channels, layout=gl.SliceLayout(1 - FORM.out_last, LAYOUT))
+    pixel = gl.arange(0, PIXELS, layout=gl.SliceLayout(FORM.out_last, LAYOUT))
+    at, in_row, in_m, image = _pixels(pixel, per_middle, plane, FORM)
+    at, channel_at = _spread(at * PER_PIXEL, channel * per_channel, FORM)
 
     for e in gl.static_range(0, known(FORM.stride[2]), known(FORM.joined)):
         y = accs[e]
@@ -176,18 +230,57 @@ def _store_row(accs, out_ptr, corner, o_r, e_m: gl.constexpr, sizes, z, channel_
                 y = y.permute([3, 0, 2, 1, 4])
             y = y.reshape([FORM.channels, PIXELS])
         y = gl.convert_layout(y, LAYOUT, assert_trivial=False)
-        y = _tail(y, cs, numbers, LAYOUT, FORM).to(out_ptr.dtype.element_ty)
-        y_ptr = base + e * PER_PIXEL + at
+        y, passing = _tail(y, cs, numbers, LAYOUT, FORM)
+        y_ptr = out_ptr + (first + e * PER_PIXEL) + (at + channel_at)
         if FORM.whole:
-            gl.store(y_ptr, y)
+            gl.store(y_ptr, y.to(out_ptr.dtype.element_ty))
         else:
-            o_m = m * FORM.stride[1] + e_m + in_m
-            exists = (n + image < N) & (o_m < O_M) & (w * FORM.stride[2] + e + in_row < O_W)
-            named = channel_0 + channel < FORM.C_out
-            if FORM.out_last:
-                gl.store(y_ptr, y, mask=exists[:, None] & named[None, :])
-            else:
-                gl.store(y_ptr, y, mask=exists[None, :] & named[:, None])
+            exists = _exist(corner, e_m, e, in_row, in_m, image, ends, FORM)
+            exists, named = _spread(exists, channel_0 + channel < FORM.C_out, FORM)
+            gl.store(y_ptr, y.to(out_ptr.dtype.element_ty), mask=exists & named)
+        if FORM.writes_bits:
+            strides = (per_middle, plane, per_channel)
+            _store_bits(passing, bits_ptr, first + e * PER_PIXEL, corner, e_m, e, strides, ends, channel_0, FORM)
+
+
+@gluon.jit
+def _exist(corner, e_m: gl.constexpr, e: gl.constexpr, in_row, in_m, image, ends, FORM: gl.constexpr):
+    n, m, w = corner
+    N, O_M, O_W = ends
+    o_m = m * FORM.stride[1] + e_m + in_m
+    return (n + image < N) & (o_m < O_M) & (w * FORM.stride[2] + e + in_row < O_W)
+
+
+@gluon.jit
+def _store_bits(
+    passing, bits_ptr, first, corner, e_m: gl.constexpr, e: gl.constexpr, strides, ends, channel_0, FORM: gl.constexpr
+):
+    """A byte for each 8 neighbours in memory; they exist together, and the first of them is at a multiple of 8."""
+    per_middle, plane, per_channel = strides
+    ROWS: gl.constexpr = passing.shape[0]
+    BYTES: gl.constexpr = passing.shape[1] // 8
+    passing = passing.reshape([ROWS, BYTES, 8])
+    EIGHT: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, passing.type.layout))
+    bit = (1 << gl.arange(0, 8, layout=EIGHT))[None, None, :]
+    byte = gl.sum(gl.where(passing, bit, 0), 2)
+    LAYOUT: gl.constexpr = byte.type.layout
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    along = gl.arange(0, BYTES, layout=gl.SliceLayout(0, LAYOUT)) * 8
+    if FORM.out_last:
+        pixel, channel = row, along
+    else:
+        pixel, channel = along, row
+    at, in_row, in_m, image = _pixels(pixel, per_middle, plane, FORM)
+    if FORM.out_last:
+        at = at * FORM.C_out
+    at, channel_at = _spread(at, channel * per_channel, FORM)
+    byte_ptr = bits_ptr + (first >> 3) + (at + channel_at >> 3)
+    if FORM.whole:
+        gl.store(byte_ptr, byte.to(gl.uint8))
+    else:
+        exists = _exist(corner, e_m, e, in_row, in_m, image, ends, FORM)
+        exists, named = _spread(exists, channel_0 + channel < FORM.C_out, FORM)
+        gl.store(byte_ptr, byte.to(gl.uint8), mask=exists & named)
 
 
 @gluon.jit
@@ -211,7 +304,7 @@ def _next(carried, zero, x, ws, z, INDEX: gl.constexpr, FORM: gl.constexpr):
 @gluon.jit
 def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
     """The march along one strip after the other."""
-    out_ptr, xs, full, empty, ws, loaded, cs, sizes, tiles, work, length, channel_0, numbers = shared
+    out_ptr, bits_ptr, xs, full, empty, ws, loaded, cs, sizes, tiles, work, length, channel_0, numbers = shared
     CHANNELS: gl.constexpr = FORM.channels
     BITS: gl.constexpr = xs.dtype.primitive_bitwidth
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FORM.channels, 256 // BITS])
@@ -253,9 +346,8 @@ def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
                     carried = done[FORM.stride[2] : len(accs)]
                 o_r = row * FORM.stride[0] + (index // FORM.stride[1] - FORM.padding[0])
                 if (row >= first) & (o_r >= 0) & (o_r < O_R):
-                    _store_row(
-                        done, out_ptr, corner, o_r, index % FORM.stride[1], sizes, z, channel_0, cs, numbers, FORM
-                    )
+                    e_m: gl.constexpr = index % FORM.stride[1]
+                    _store_row(done, out_ptr, bits_ptr, corner, o_r, e_m, sizes, z, channel_0, cs, numbers, FORM)
                 accs = _next(carried, zero, x, ws, z, index + 1, FORM)
             if FORM.carried > 0 and not FORM.together:
                 done = warpgroup_mma_wait(0, deps=accs + x)
@@ -265,6 +357,7 @@ def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
 @gluon.jit
 def hopper_march_kernel(
     out_ptr,
+    bits_ptr,
     x_ptr,
     x,
     weight,
@@ -272,6 +365,7 @@ def hopper_march_kernel(
     shift_ptr,
     lo_ptr,
     hi_ptr,
+    vectors_ptr,
     N,
     R,
     M,
@@ -295,12 +389,13 @@ def hopper_march_kernel(
     dtype: gl.constexpr = weight.dtype
     TAPS: gl.constexpr = FORM.kernel[0] * FORM.kernel[1] * FORM.kernel[2]
     BARRIERS: gl.constexpr = 2 * FORM.slots
+    COLUMNS: gl.constexpr = columns_of(FORM.program)
     channel_0 = gl.program_id(1) * FORM.channels
     tiles_c = gl.num_programs(1)
 
     ws = gl.allocate_shared_memory(dtype, [TAPS, FORM.channels, FORM.depth], weight.layout)
     xs = gl.allocate_shared_memory(dtype, stacked(BARRIERS * FORM.all_tiles, FORM.tile), X_LAYOUT)
-    cs = gl.allocate_shared_memory(gl.float32, [4, FORM.channels], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    cs = gl.allocate_shared_memory(gl.float32, [4 + COLUMNS, FORM.channels], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
     loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -315,6 +410,8 @@ def hopper_march_kernel(
         cs.index(2).store(gl.load(lo_ptr + channel))
     if hi_ptr is not None:
         cs.index(3).store(gl.load(hi_ptr + channel))
+    for column in gl.static_range(COLUMNS):
+        cs.index(4 + column).store(gl.load(vectors_ptr + channel * COLUMNS + column))
 
     for i in gl.static_range(BARRIERS):
         mbarrier.init(full.index(i), count=1)
@@ -330,7 +427,7 @@ def hopper_march_kernel(
     work = (begin, gl.minimum(begin + length, total), rows)
     numbers = (scale, shift, lo, hi)
     source = (x_ptr, x, xs, full, empty, sizes, tiles, work, length)
-    rest = (out_ptr, xs, full, empty, ws, loaded, cs, sizes, tiles, work, length, channel_0, numbers)
+    rest = (out_ptr, bits_ptr, xs, full, empty, ws, loaded, cs, sizes, tiles, work, length, channel_0, numbers)
     gl.warp_specialize(
         [(produce, (source, FORM)), (_consume, (0, rest, FORM)), (_consume, (1, rest, FORM))],
         [4, 4],

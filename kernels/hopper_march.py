@@ -15,7 +15,8 @@ its edge x counts as zero, so a weight that is not finite makes NaN there.
 
 Inductor writes the source of user kernels out again as plain Triton, which Gluon is not. So this kernel has an operator
 of its own that is opaque to Inductor, and costs the host more than a kernel does; ``conv_transpose`` calls it for plans
-called "hopper ...", with the weight packed where Inductor sees that.
+called "hopper ...", with the weight packed where Inductor sees that. ``hopper_march_training`` has one that writes the
+bits of a gate as well.
 
 Gluon is an experimental part of triton: it is imported at the first launch, and where that, the compilation or the
 launch fails, the operator says so once and goes on with ``conv_transpose``'s other kernels.
@@ -28,11 +29,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from fusion_backend.kernels import hopper_strips
+from fusion_backend.kernels import hopper_strips, packing
 from fusion_backend.kernels.arguments import axes_for, check_inputs
-from fusion_backend.kernels.coefficients import Coefficients, Tensors, check_coefficients, coefficients_for
+from fusion_backend.kernels.coefficients import Coefficients, Numbers, Tensors, check_coefficients, coefficients_for
+from fusion_backend.kernels.gate import EVERYTHING, Gate
 from fusion_backend.kernels.hopper_form import Form
 from fusion_backend.kernels.hopper_strips import (
     CONFIGS,
@@ -40,14 +41,18 @@ from fusion_backend.kernels.hopper_strips import (
     March,
     configs_for,
     form_for,
+    has_room,
     march_for,
+    why_no_bits,
     why_not_shape,
 )
 from fusion_backend.kernels.launching import unit_of
 from fusion_backend.kernels.layout import empty, is_channels_last
+from fusion_backend.kernels.packing import Packing
 from fusion_backend.kernels.problem import Problem, is_hopper, problem_for
+from fusion_backend.kernels.program import NO_PROGRAM, Program, check_program
+from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.strips import block_k_of, three_sizes, turned
-from fusion_backend.kernels.tf32 import round_to_tf32
 
 log = logging.getLogger(__name__)
 
@@ -73,23 +78,14 @@ def why_not(problem: Problem) -> str | None:
 
 
 def pack(weight: torch.Tensor, problem: Problem, config: Config) -> torch.Tensor:
-    """[taps * C_out, C_in], both filled up with zeros to whole blocks, and rounded where the product is TF32.
+    """[taps * C_out, C_in], both filled up to whole blocks, and rounded where the product is TF32.
 
     For a channels_last output, columns are permuted so that a thread's are neighbours: of a product's column
     8*i + 2*t + j, lane t holds the values.
     """
-    packed = weight.reshape(problem.C_in, problem.C_out, -1).permute(2, 1, 0)
-    packed = packed.clone(memory_format=torch.contiguous_format)
-    if problem.tf32:
-        packed = round_to_tf32(packed)
-    missing = (block_k_of(problem) - problem.C_in, -problem.C_out % config.channels)
-    if any(missing):
-        packed = F.pad(packed, (0, missing[0], 0, missing[1]))
-    taps, C_out, depth = packed.shape
-    if problem.out_last:
-        neighbours = min(8 // problem.dtype.itemsize, config.channels // 8)
-        packed = packed.view(taps, -1, 4, neighbours, 2, depth).transpose(2, 3)
-    return packed.reshape(taps * C_out, depth)
+    C_out = cdiv(problem.C_out, config.channels) * config.channels
+    neighbours = min(8 // problem.dtype.itemsize, config.channels // 8) if problem.out_last else 1
+    return packing.pack(weight, 1, Packing(C_out, block_k_of(problem), True, neighbours, problem.tf32))
 
 
 @dataclass(frozen=True)
@@ -107,12 +103,19 @@ class Prepared:
 
 
 @functools.lru_cache(maxsize=256)
-def _prepare(problem: Problem, march: March, shape: tuple[int, ...], kinds: tuple[int, int, int, int]) -> Prepared:
+def _prepare(
+    problem: Problem,
+    march: March,
+    shape: tuple[int, ...],
+    kinds: tuple[int, int, int, int],
+    gate: tuple[bool, bool, bool] | None,
+    program: str,
+) -> Prepared:
     _, gl, _ = _gluon()
     N, _, *sizes = shape
     R, M, W = turned(problem, three_sizes(sizes))
     unit = unit_of(W)
-    form = form_for(problem, march, unit, kinds)
+    form = form_for(problem, march, unit, kinds, gate, program)
     element = getattr(gl, str(problem.dtype).removeprefix("torch."))
     layout = gl.NVMMASharedLayout.get_default_for
     C = problem.C_in
@@ -139,14 +142,20 @@ def launch(
     problem: Problem,
     march: March,
     coefficients: Coefficients,
+    bits: torch.Tensor | None = None,
+    gate: Gate = EVERYTHING,
+    program: Program = NO_PROGRAM,
 ) -> Any:
     """Fill ``out`` from ``x``, both dense, that is contiguous or channels_last, and from what ``pack`` returns.
 
-    A channels_last x begins at a multiple of 16 bytes. Returns the compiled kernel.
+    A channels_last x begins at a multiple of 16 bytes. ``bits`` are filled too where they are given, for which
+    ``hopper_strips.why_no_bits`` must have nothing to say, and ``march`` is one for bits. A program has no tensors, and
+    ``hopper_strips.has_room`` for its vectors. Returns the compiled kernel.
     """
     if out.numel() == 0:
         return None
-    prepared = _prepare(problem, march, tuple(x.shape), _kinds(coefficients))
+    flags = None if bits is None else (gate.lo_open, gate.hi_open, gate.passes_nan)
+    prepared = _prepare(problem, march, tuple(x.shape), _kinds(coefficients), flags, program.text)
     form = prepared.form
     weight = _descriptor(packed, packed.shape, (form.depth, 1), (form.channels, form.depth), prepared.weight_layout)
     copied = None
@@ -154,17 +163,19 @@ def launch(
         copied = _descriptor(x, prepared.x_shape, prepared.x_strides, form.tile, prepared.x_layout)
     args = (
         out,
+        bits,
         None if form.x_last else x,
         copied,
         weight,
         *coefficients.tensors,
+        program.vectors,
         *prepared.sizes,
         *coefficients.numbers,
         prepared.x_layout,
         form,
     )
     # The launcher of triton's own works out what it compiles for at each call, which takes longer than a small site.
-    tensors = (out, x, packed, *coefficients.tensors)
+    tensors = (out, bits, x, packed, *coefficients.tensors, program.vectors)
     key = (out.device.index, *(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors))
     compiled = prepared.compiled.get(key)
     if compiled is None:
@@ -223,8 +234,10 @@ def _call(
     out_last: bool,
     allow_tf32: bool,
     plan: str,
+    bits: bool,
+    columns: int,
 ) -> Call | None:
-    """None where the march does not take it. Raises as ``conv_transpose`` does."""
+    """None where the march does not take it. Raises as ``conv_transpose`` does. ``columns``: of a program's vectors."""
     check_inputs(x, weight, 1)
     axes = axes_for(x.dim() - 2, weight.shape[2:], *axes_of)
     sizes = [axis.output_size(size) for axis, size in zip(axes, x.shape[2:], strict=True)]
@@ -234,8 +247,13 @@ def _call(
     reason = why_not(problem)
     if reason is None:
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-        march = march_for(problem, x.shape, _config(problem, plan), processors)
+        config = _config(problem, plan)
+        march = march_for(problem, x.shape, config, processors, bits=bits)
         reason = why_not_shape(problem, x.shape, march)
+        if reason is None and bits:
+            reason = why_no_bits(problem, sizes[-1])
+        if reason is None and not has_room(problem, config, columns):
+            reason = f"there is no room for {columns} vectors"
     if reason is not None:
         log.debug("not for the march on Hopper: %s", reason)
         return None
@@ -258,8 +276,52 @@ def _give_up(raised: Exception) -> None:
     log.warning("the Gluon kernel does not run here, from now on others do: %s: %s", type(raised).__name__, first)
 
 
-@torch.library.custom_op("fused_post::conv_transpose_hopper", mutates_args=(), tags=(torch.Tag.flexible_layout,))
-def conv_transpose_hopper(
+def run(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    packed: torch.Tensor,
+    axes_of: tuple[tuple[int, ...], ...],
+    tensors: Tensors,
+    numbers: Numbers,
+    channels_last: bool,
+    allow_tf32: bool,
+    plan: str,
+    gate: Gate | None = None,
+    program: Program = NO_PROGRAM,
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """What ``conv_transpose`` returns and, with a gate, its bits; None where the march cannot run after all."""
+    x_last = is_channels_last(x)
+    if x_last is None:
+        x, x_last = x.clone(memory_format=torch.contiguous_format), False
+    columns = 0 if program.vectors is None else int(program.vectors.shape[-1])
+    given = (x.shape, x.dtype, x.device, x_last, weight.shape, weight.dtype, weight.device)
+    key = (*given, axes_of, channels_last, allow_tf32, plan, gate is None, columns)
+    call = _calls.get(key, UNKNOWN)
+    if call is UNKNOWN:
+        if len(_calls) >= MOST_CALLS:
+            _calls.clear()
+        rest = (channels_last, allow_tf32, plan, gate is not None, columns)
+        call = _calls[key] = _call(x, weight, axes_of, *rest)
+    if call is None or _broken or (x_last and x.data_ptr() % hopper_strips.COPY_BYTES):
+        return None
+    check_coefficients(call.problem.C_out, x.device, tensors)
+    if program.text:
+        check_program(program, call.problem.C_out, x.device)
+    out = empty(call.shape, x, channels_last)
+    bits = None if gate is None else out.new_empty(cdiv(out.numel(), 8), dtype=torch.uint8)
+    coefficients = coefficients_for(out, tensors, numbers)
+    try:
+        packed = packed.contiguous()
+        launch(out, x, packed, call.problem, call.march, coefficients, bits, gate or EVERYTHING, program)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as raised:  # an experimental interface: anything may have changed
+        _give_up(raised)
+        return None
+    return out, bits
+
+
+def _conv_transpose_hopper(
     x: torch.Tensor,
     weight: torch.Tensor,
     packed: torch.Tensor,
@@ -278,45 +340,49 @@ def conv_transpose_hopper(
     channels_last: bool,
     allow_tf32: bool,
     plan: str,
+    program: str = "",
+    vectors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What ``conv_transpose`` computes with the plan of this name, one of ``configs_for``, and without groups.
 
-    ``packed`` is what ``pack`` returns for it. Where the march cannot run after all, ``conv_transpose`` does by its own
-    rule, and packs ``weight``; arguments, result and errors are those of ``conv_transpose``. Inductor may give any of
-    the tensors in another layout than it was traced with.
+    ``packed`` is what ``pack`` returns for it; ``program`` reads no tensors. Where the march cannot run after all,
+    ``conv_transpose`` does by its own rule, and packs ``weight``; arguments, result and errors are those of
+    ``conv_transpose``. Inductor may give any of the tensors in another layout than it was traced with.
     """
     tensors: Tensors = (scale, shift, lo, hi)
     numbers = (scale_number, shift_number, lo_number, hi_number)
-    x_last = is_channels_last(x)
-    if x_last is None:
-        x, x_last = x.clone(memory_format=torch.contiguous_format), False
     axes_of = tuple(tuple(sizes) for sizes in (stride, padding, output_padding, dilation))
-    given = (x.shape, x.dtype, x.device, x_last, weight.shape, weight.dtype, weight.device)
-    key = (*given, axes_of, channels_last, allow_tf32, plan)
-    call = _calls.get(key, UNKNOWN)
-    if call is UNKNOWN:
-        if len(_calls) >= MOST_CALLS:
-            _calls.clear()
-        call = _calls[key] = _call(x, weight, axes_of, channels_last, allow_tf32, plan)
-    call = None if _broken else call
-    if call is not None and not (x_last and x.data_ptr() % hopper_strips.COPY_BYTES):
-        check_coefficients(call.problem.C_out, x.device, tensors)
-        out = empty(call.shape, x, channels_last)
-        coefficients = coefficients_for(out, tensors, numbers)
-        try:
-            launch(out, x, packed.contiguous(), call.problem, call.march, coefficients)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as raised:  # an experimental interface: anything may have changed
-            _give_up(raised)
-        else:
-            return out
+    vectors = None if vectors is None else vectors.contiguous()
+    steps = Program(program, vectors) if program else NO_PROGRAM
+    ran = run(x, weight, packed, axes_of, tensors, numbers, channels_last, allow_tf32, plan, None, steps)
+    if ran is not None:
+        return ran[0]
     return torch.ops.fused_post.conv_transpose.default(
-        x, weight, *axes_of, 1, *tensors, *numbers, channels_last, allow_tf32
+        x, weight, *axes_of, 1, *tensors, *numbers, channels_last, allow_tf32, None, program, vectors
     )
 
 
-@conv_transpose_hopper.register_fake
+def fake(
+    x: torch.Tensor, weight: torch.Tensor, axes_of: Sequence[Sequence[int]], tensors: Tensors, channels_last: bool
+) -> torch.Tensor:
+    """A result without values."""
+    check_inputs(x, weight, 1)
+    C_out = weight.shape[1]
+    check_coefficients(C_out, x.device, tensors)
+    axes = axes_for(x.dim() - 2, weight.shape[2:], *axes_of)
+    sizes = [axis.output_size(size) for axis, size in zip(axes, x.shape[2:], strict=True)]
+    return empty((x.shape[0], C_out, *sizes), x, channels_last)
+
+
+# Not by custom_op, whose layers take the host longer than everything here.
+NAME = "fused_post::conv_transpose_hopper"
+SCHEMA = torch.library.infer_schema(_conv_transpose_hopper, mutates_args=())
+torch.library.define(NAME, SCHEMA, tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
+torch.library.impl(NAME, "default", _conv_transpose_hopper)
+conv_transpose_hopper = torch.ops.fused_post.conv_transpose_hopper.default
+
+
+@torch.library.register_fake(NAME)
 def _(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -336,10 +402,8 @@ def _(
     channels_last: bool,
     allow_tf32: bool,
     plan: str,
+    program: str = "",
+    vectors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    check_inputs(x, weight, 1)
-    C_out = weight.shape[1]
-    check_coefficients(C_out, x.device, (scale, shift, lo, hi))
-    axes = axes_for(x.dim() - 2, weight.shape[2:], stride, padding, output_padding, dilation)
-    sizes = [axis.output_size(size) for axis, size in zip(axes, x.shape[2:], strict=True)]
-    return empty((x.shape[0], C_out, *sizes), x, channels_last)
+    check_program(Program(program, vectors), weight.shape[1], x.device)
+    return fake(x, weight, (stride, padding, output_padding, dilation), (scale, shift, lo, hi), channels_last)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from fusion_backend.kernels.hopper_form import COMB, CONSUMERS, STRIP, Form, shifts_along
 from fusion_backend.kernels.phases import Axis
@@ -89,6 +90,8 @@ def why_not(problem: Problem) -> str | None:
     """Why the march does not take a problem, in words; None where it does."""
     if problem.groups > 1:
         return f"it has {problem.groups} groups, and a program of the march shares x among all its channels"
+    if problem.prologue:
+        return "something is done to x first, and the copy engine brings it as it is"
     if any(axis.dilation > 1 for axis in problem.axes):
         return "it is dilated"
     if problem.axes[:2] == (Axis(), Axis()):
@@ -118,6 +121,24 @@ def why_not_shape(problem: Problem, shape: Sequence[int], march: March) -> str |
     return None
 
 
+def why_no_bits(problem: Problem, W_out: int) -> str | None:
+    """Why the march cannot write the gate's bits beside an output whose rows have W_out elements; None: it can.
+
+    The 8 elements of a byte must be 8 neighbours in a row of one tile, which ``march_for`` sees to.
+    """
+    if problem.out_last:
+        return f"{problem.C_out} channels are not a multiple of 8" if problem.C_out % 8 else None
+    stride = problem.axes[2].stride
+    if stride not in (1, 2, 4):
+        return f"{stride} phases of a row are stored one by one"
+    return None if guard_or_false(W_out % 8 == 0) else f"rows of {W_out} elements are not made of whole bytes"
+
+
+def has_room(problem: Problem, config: Config, columns: int) -> bool:
+    """For so many vectors of a program."""
+    return shared_memory(problem, config, columns) <= problem.shared_limit
+
+
 def configs_for(problem: Problem) -> tuple[Config, ...]:
     """The configurations that fit; for a problem that the march takes there is one."""
     return tuple(
@@ -132,14 +153,19 @@ def configs_for(problem: Problem) -> tuple[Config, ...]:
 
 
 def march_for(
-    problem: Problem, shape: Sequence[int], config: Config, processors: int, length: int | None = None
+    problem: Problem,
+    shape: Sequence[int],
+    config: Config,
+    processors: int,
+    length: int | None = None,
+    bits: bool = False,
 ) -> March:
-    """Every multiprocessor gets the same number of rows, if their ``length`` is not given."""
+    """Every multiprocessor gets the same number of rows, if their ``length`` is not given. ``bits``: whole bytes."""
     N, _, *sizes = shape
     axes, along = turned(problem, problem.axes), turned(problem, three_sizes(sizes))
     outputs = [axis.output_size(size) for axis, size in zip(axes, along, strict=True)]
     columns = (N, cdiv(outputs[1], axes[1].stride), cdiv(outputs[2], axes[2].stride))
-    box = _box(columns)
+    box = _box(columns, max(8 // axes[2].stride, 2) if bits and not problem.out_last else 2)
     tiles = [cdiv(size, edge) for size, edge in zip(columns, box, strict=True)]
     strips, tiles_c = math.prod(tiles), cdiv(problem.C_out, config.channels)
     whole = (
@@ -156,20 +182,27 @@ def march_for(
     return March(config, flat, box, whole, (tiles[1], tiles[2]), rows, total, length, (cdiv(total, length), tiles_c))
 
 
-def _box(columns: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Images, rows and pixels of a strip, with few of them beyond the edges, and long runs along W."""
+def _box(columns: tuple[int, int, int], least: int) -> tuple[int, int, int]:
+    """Images, rows and at least so many pixels of a strip, with few beyond the edges, and long runs along W."""
 
     def cost(box: tuple[int, int, int]) -> float:
         covered = math.prod(cdiv(size, edge) * edge for size, edge in zip(columns, box, strict=True))
         return covered * (1 + 1 / (2 * box[2]))
 
     powers = [1 << bit for bit in range(STRIP.bit_length())]
-    boxes = ((STRIP // (m * w), m, w) for w in reversed(powers[1:]) for m in powers if m * w <= STRIP)
+    boxes = ((STRIP // (m * w), m, w) for w in reversed(powers) for m in powers if w >= least and m * w <= STRIP)
     return min(boxes, key=cost)
 
 
-def form_for(problem: Problem, march: March, unit: int, kinds: tuple[int, int, int, int]) -> Form:
-    """What is compiled in: W is counted in units of ``unit``; ``kinds`` are the coefficients', see ``Form``."""
+def form_for(
+    problem: Problem,
+    march: March,
+    unit: int,
+    kinds: tuple[int, int, int, int],
+    gate: tuple[bool, bool, bool] | None = None,
+    program: str = "",
+) -> Form:
+    """What is compiled in: W is counted in units of ``unit``; the rest as in ``Form``."""
     config = march.config
     row, middle, column = turned(problem, problem.axes)
     return Form(
@@ -189,6 +222,8 @@ def form_for(problem: Problem, march: March, unit: int, kinds: tuple[int, int, i
         out_last=problem.out_last,
         tf32=problem.tf32,
         kinds=kinds,
+        gate=gate,
+        program=program,
         channels=config.channels,
         slots=config.slots,
         registers=registers_for(problem, config),
@@ -197,12 +232,12 @@ def form_for(problem: Problem, march: March, unit: int, kinds: tuple[int, int, i
     )
 
 
-def shared_memory(problem: Problem, config: Config) -> int:
-    """Bytes: the weight, the rows of x, and small things."""
+def shared_memory(problem: Problem, config: Config, columns: int = 0) -> int:
+    """Bytes: the weight, the rows of x, and small things, so many vectors of a program among them."""
     depth = block_k_of(problem) * problem.dtype.itemsize
     taps = math.prod(axis.kernel for axis in problem.axes)
     x = CONSUMERS * config.slots * _pixels(problem) * depth
-    return taps * config.channels * depth + x + config.channels * COEFFICIENTS + BARRIERS
+    return taps * config.channels * depth + x + config.channels * (COEFFICIENTS + 4 * columns) + BARRIERS
 
 
 def registers_for(problem: Problem, config: Config) -> int:

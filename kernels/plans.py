@@ -4,10 +4,12 @@
     march     ``row_march``, where the weight's taps fit in shared memory
     general   ``conv_transpose``, for all there is
     turned    either of the latter behind a pass that makes a contiguous x channels_last, at about a copy's speed
+    back      general into a channels_last workspace of the result's size, and a pass that makes that contiguous
 
 A plan has a name, by which a measurement, a compiled graph and a report speak of it. What is chosen without a name is a
 rule, read off benchmarks/results/conv_transpose-nvidia-h200-first.json: march where it can, and turn x for the general
-kernel where taps read x at odd addresses. Everything is worked out without a GPU and without triton.
+kernel where taps read x at odd addresses; with a prologue, which that pass does, also for the march. Everything is
+worked out without a GPU and without triton.
 """
 
 import math
@@ -21,10 +23,14 @@ from fusion_backend.kernels.rounding import cdiv
 
 @dataclass(frozen=True)
 class Plan:
-    """A configuration of a march or of the general kernel; ``turned``: x is made channels_last first."""
+    """A configuration of a march or of the general kernel; ``turned``: x is made channels_last first.
+
+    ``back``: the result is channels_last at first.
+    """
 
     config: hopper_strips.Config | strips.Config | tiling.Config
     turned: bool = False
+    back: bool = False
 
     @property
     def is_march(self) -> bool:
@@ -45,7 +51,8 @@ class Plan:
         else:
             size = f"{self.config.rows}x{self.config.columns}x{self.config.depth_bytes}"
         turned = "turned " if self.turned else ""
-        return f"{turned}{size}, {self.config.num_warps} warps, {self.config.num_stages} stages"
+        back = ", turned back" if self.back else ""
+        return f"{turned}{size}, {self.config.num_warps} warps, {self.config.num_stages} stages{back}"
 
     def packed_bytes(self, problem: Problem) -> int:
         """Of the weight as the kernel reads it, filled up to whole blocks."""
@@ -59,8 +66,9 @@ class Plan:
         return taps * problem.groups * problem.C_out * C_in * problem.dtype.itemsize
 
     def problem(self, problem: Problem) -> Problem:
-        """What is left of the problem where x has been turned."""
-        return replace(problem, x_last=True) if self.turned else problem
+        """What is left of the problem for the kernel itself: a pass that turns x does the prologue, too."""
+        x_last, out_last = problem.x_last or self.turned, problem.out_last or self.back
+        return replace(problem, x_last=x_last, out_last=out_last, prologue=problem.prologue and not self.turned)
 
 
 def plans_for(problem: Problem) -> Iterator[Plan]:
@@ -72,6 +80,8 @@ def plans_for(problem: Problem) -> Iterator[Plan]:
         if strips.why_not(rest) is None:
             yield from (Plan(config, turned) for config in strips.configs_for(rest))
         yield from (Plan(each.config, turned) for each in tiling.tilings(rest))
+        if _can_turn_back(rest):
+            yield from (Plan(each.config, turned, back=True) for each in tiling.tilings(replace(rest, out_last=True)))
 
 
 def plan_named(problem: Problem, name: str) -> Plan | None:
@@ -83,10 +93,18 @@ def choose_plan(problem: Problem, shape: tuple[int, ...]) -> Plan:
     if strips.why_not(problem) is None:
         return Plan(strips.choose_march(problem, shape).config)
     turned = _can_turn(problem) and problem.axes[2].moves
-    rest = replace(problem, x_last=True) if turned else problem
+    rest = replace(problem, x_last=True, prologue=False) if turned else problem
+    if problem.prologue and turned and strips.why_not(rest) is None:
+        return Plan(strips.choose_march(rest, shape).config, turned)
     return Plan(tiling.choose_tiling(rest).config, turned)
 
 
 def _can_turn(problem: Problem) -> bool:
     """Tensor cores read x in whole blocks of channels; turning fewer moves more bytes than it saves."""
     return problem.dot and not problem.exact and not problem.x_last and problem.C_in >= SMALLEST_EDGE
+
+
+def _can_turn_back(problem: Problem) -> bool:
+    """Where a tile has too few phases for whole 32-byte sectors of a contiguous row of float32."""
+    few = problem.axes[2].stride > tiling.MOST_JOINED
+    return problem.tf32 and problem.dot and problem.x_last and not problem.out_last and few

@@ -38,6 +38,7 @@ class Problem:
     shared_limit: int
     tensor_memory: bool = False  # products are made in a memory of their own
     hopper: bool = False  # the GPU is one, and triton has the language for what it alone has
+    prologue: bool = False  # something is done to x as it is loaded
 
     @property
     def dot(self) -> bool:

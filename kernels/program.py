@@ -254,7 +254,8 @@ def _instructions(program):
 
 
 @triton.constexpr_function
-def _columns(program):
+def columns_of(program):
+    """Of the vectors that a program names."""
     words = program.replace(";", "").split(" ")
     return 1 + max([int(word[1:]) for word in words if word[:1] == "c" and word[1:].isdigit()] + [-1])
 
@@ -306,7 +307,7 @@ def append(values, value):
 @triton.jit
 def load_vectors(vectors_ptr, channel, next_channel, beyond, PROGRAM: tl.constexpr):
     """The columns of the vectors that a program names, at a tile's channels (see ``load_coefficient``)."""
-    COLUMNS: tl.constexpr = _columns(PROGRAM)
+    COLUMNS: tl.constexpr = columns_of(PROGRAM)
     if beyond is not None:
         next_channel = next_channel * COLUMNS
     vectors = ()
@@ -436,3 +437,10 @@ def apply_program(x, vectors, tensors, PROGRAM: tl.constexpr):
     for instruction in tl.static_range(_instructions(PROGRAM)):
         values = append(values, _run(values, vectors, tensors, PROGRAM, instruction))
     return values[_instructions(PROGRAM)]
+
+
+@triton.jit
+def apply_prologue(x, vectors, exists, PROLOGUE: tl.constexpr):
+    """The program's last value, from a tile of v0, in that one's dtype, and zero where no v0 exists."""
+    y = apply_program(x, vectors, (), PROLOGUE).to(x.dtype)
+    return tl.where(exists, y, 0.0)

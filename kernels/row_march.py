@@ -1,6 +1,6 @@
 """y = min(max(a * conv_transpose(x, w) + b, lo), hi), for weights that fit in shared memory: a march along rows of x.
 
-Behind that, a ``program``, as in ``conv_transpose``.
+Behind that, a ``program``, and before it a ``prologue``, as in ``conv_transpose``.
 
 Along one dimension tap k carries input i to output o = stride*i - padding + k. With u = o + padding, input i reaches
 u = stride*i + k for k < kernel: the first ``stride`` of these no later input reaches, the other kernel - stride wait
@@ -25,27 +25,30 @@ ceil(kernel / stride) - 1 rows first. Beyond its edge x counts as zero, so a wei
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction
 
+from fusion_backend.kernels import packing
 from fusion_backend.kernels.coefficients import Coefficients, apply_coefficients, load_coefficient
 from fusion_backend.kernels.gate import EVERYTHING, Gate, passes_gate, store_bits
 from fusion_backend.kernels.launching import takes_long_offsets, unit_of
+from fusion_backend.kernels.packing import Packing
 from fusion_backend.kernels.problem import Problem
 from fusion_backend.kernels.program import (
     NO_PROGRAM,
     Program,
     append,
     apply_program,
+    apply_prologue,
     load_tensors,
     load_vectors,
     tensors_of,
 )
+from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.strips import Config, March, along_d, block_k_of, three_sizes, turned
-from fusion_backend.kernels.tf32 import round_to_tf32, rounded_to_tf32
+from fusion_backend.kernels.tf32 import rounded_to_tf32
 
 
 @triton.jit
@@ -64,6 +67,8 @@ def _x_tiles(
     q,
     sizes,
     per_middle,
+    vectors,
+    PROLOGUE: tl.constexpr,
     FIRST: tl.constexpr,
     SHIFTS: tl.constexpr,
     MOVES: tl.constexpr,
@@ -72,7 +77,10 @@ def _x_tiles(
     BLOCK_K: tl.constexpr,
     TF32: tl.constexpr,
 ):
-    """A row of the strip once for each shift, zero beyond x. The pixels at q are ``at`` from the channels' pointers."""
+    """A row of the strip once for each shift, zero beyond x. The pixels at q are ``at`` from the channels' pointers.
+
+    ``vectors`` are the prologue's.
+    """
     q_m, q_w = q
     M, W = sizes
     xs = ()
@@ -88,6 +96,8 @@ def _x_tiles(
                 here = here & (tl.arange(0, BLOCK_K) < C_IN)[None, :]
             shifted = at + (shift_m * per_middle + shift_w) * PER_PIXEL
             x = tl.load(xs_ptr[None, :] + shifted[:, None], mask=here, other=0.0)
+            if PROLOGUE != "":
+                x = apply_prologue(x, vectors, here, PROLOGUE)
             xs = append(xs, rounded_to_tf32(x) if TF32 else x)
     return xs
 
@@ -200,6 +210,7 @@ def _row_march_kernel(
     vectors_ptr,
     tensor_0_ptr,
     tensor_1_ptr,
+    prologue_vectors_ptr,
     N,
     D,
     H,
@@ -218,6 +229,7 @@ def _row_march_kernel(
     HI_OPEN: tl.constexpr,
     PASSES_NAN: tl.constexpr,
     PROGRAM: tl.constexpr,
+    PROLOGUE: tl.constexpr,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
     X_LAST: tl.constexpr,
@@ -284,6 +296,8 @@ def _row_march_kernel(
     LATE: tl.constexpr = tensors_of(PROGRAM) > 0
     vectors = load_vectors(vectors_ptr, clamped if OUT_LAST or not LATE else clamped.trans(), None, None, PROGRAM)
 
+    in_vectors = load_vectors(prologue_vectors_ptr, tl.minimum(k, C_IN - 1)[None, :], None, None, PROLOGUE)
+
     ws = ()
     for tap in tl.static_range(KERNEL_R * KERNEL_M * KERNEL_W):
         w_ptr = weight_ptr + ((tap * TILES_C * BLOCK_C + channel) * BLOCK_K)[None, :] + k[:, None]
@@ -338,6 +352,8 @@ def _row_march_kernel(
             (q_m, q_w),
             (M, W),
             per_middle,
+            in_vectors,
+            PROLOGUE,
             FIRST,
             SHIFTS,
             MOVES,
@@ -403,13 +419,9 @@ def _row_march_kernel(
 
 
 def pack(weight: torch.Tensor, problem: Problem, config: Config) -> torch.Tensor:
-    """[taps, C_out, C_in], both filled up with zeros to whole blocks, and rounded where the product is TF32."""
-    packed = weight.reshape(problem.C_in, problem.C_out, -1).permute(2, 1, 0)
-    packed = packed.clone(memory_format=torch.contiguous_format)
-    if problem.tf32:
-        packed = round_to_tf32(packed)
-    missing = (block_k_of(problem) - problem.C_in, -problem.C_out % config.channels)
-    return F.pad(packed, (0, missing[0], 0, missing[1])) if any(missing) else packed
+    """[taps * C_out, C_in], both filled up to whole blocks, and rounded where the product is TF32."""
+    C_out = cdiv(problem.C_out, config.channels) * config.channels
+    return packing.pack(weight, 1, Packing(C_out, block_k_of(problem), by_tap=True, rounded=problem.tf32))
 
 
 def launch(
@@ -422,6 +434,7 @@ def launch(
     bits: torch.Tensor | None = None,
     gate: Gate = EVERYTHING,
     program: Program = NO_PROGRAM,
+    prologue: Program = NO_PROGRAM,
 ) -> None:
     """Fill ``out`` from ``x``, both dense, that is contiguous or channels_last, and from what ``pack`` returns.
 
@@ -445,6 +458,7 @@ def launch(
         *coefficients.tensors,
         program.vectors,
         *program.tensors,
+        prologue.vectors,
         N,
         D,
         H,
@@ -455,6 +469,7 @@ def launch(
         *coefficients.present,
         *(gate.lo_open, gate.hi_open, gate.passes_nan),
         PROGRAM=program.text,
+        PROLOGUE=prologue.text,
         C_IN=problem.C_in,
         C_OUT=problem.C_out,
         X_LAST=problem.x_last,

@@ -90,6 +90,8 @@ def why_not(problem: Problem) -> str | None:
         return f"{problem.C_in} times {problem.C_out} channels are too few for tensor cores"
     if problem.exact:
         return "float32 without TF32 has no tensor cores"
+    if problem.prologue and problem.ahead:
+        return "x that is loaded 2 bytes at a time leaves no registers for what is done to it first"
     if problem.tensor_memory and problem.dtype == torch.float32:
         return "float32, rounded to TF32 in registers, does not go into tensor memory without spills"
     if not configs_for(problem):
@@ -162,8 +164,8 @@ def shared_memory(problem: Problem, config: Config) -> int:
     """Bytes: the weight, the rows of x in flight, and a tile of the output on its way to contiguous stores."""
     itemsize, depth = problem.dtype.itemsize, block_k_of(problem)
     taps = math.prod(axis.kernel for axis in problem.axes)
-    # 16-bit x is still being read when the next row is copied; float32 is rounded in registers.
-    late = problem.dtype.itemsize == 2 and problem.shared_limit > LARGE_SHARED_MEMORY
+    # 16-bit x is still being read when the next row is copied; float32 is rounded in registers. With a prologue, any x.
+    late = problem.prologue or (problem.dtype.itemsize == 2 and problem.shared_limit > LARGE_SHARED_MEMORY)
     in_flight = config.num_stages - (not late)
     narrow = _narrow_shifts(problem)
     weight = taps * depth * config.channels * itemsize

@@ -147,7 +147,7 @@ def _product(problem: Problem, config: Config) -> Tiling | None:
     if block_k * problem.dtype.itemsize < config.depth_bytes and config.depth_bytes > SMALLEST_DEPTH:
         return None
     threads = 32 * config.num_warps
-    through_registers = problem.ahead or problem.dtype == torch.float32
+    through_registers = problem.ahead or problem.prologue or problem.dtype == torch.float32
     if config.rows * config.columns > (MOST_ACCUMULATORS >> through_registers) * threads:
         return None
     if through_registers and config.rows * block_k > MOST_INPUTS * threads:

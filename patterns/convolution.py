@@ -55,6 +55,22 @@ class Convolution:
         return len(self.value.shape) - self.rank - 1
 
 
+@dataclass(frozen=True)
+class Input:
+    """The input [N, C_in, *spatial] or [C_in, *spatial] of a convolution, as the value of steps before it."""
+
+    node: fx.Node
+    rank: int
+
+    @property
+    def value(self) -> Any:
+        return value_of(self.node)
+
+    @property
+    def channel_dim(self) -> int:
+        return len(self.value.shape) - self.rank - 1
+
+
 def read_convolution(node: fx.Node) -> Convolution | Miss | None:
     """The transposed convolution that ``node`` is; a Miss where it is one that is left alone; None for other nodes."""
     found = _read(node)

@@ -32,7 +32,7 @@ from fusion_backend.patterns import coefficient as co
 from fusion_backend.patterns.algebra import LARGEST, Clamp, NormalForm, Refusal, Scale, Step
 from fusion_backend.patterns.barrier import is_barrier
 from fusion_backend.patterns.coefficient import Coefficient
-from fusion_backend.patterns.convolution import Convolution
+from fusion_backend.patterns.convolution import Convolution, Input
 from fusion_backend.patterns.operand import label, read_operand, read_vector
 from fusion_backend.patterns.source import Miss, is_single, is_tensor, needs_gradient, same_shape, value_of
 from fusion_backend.patterns.steps import read_steps
@@ -65,9 +65,9 @@ class Instruction:
     values: tuple[int, ...]
     parameters: tuple[Coefficient | None, ...] = ()
 
-    def text(self, tensors: tuple[fx.Node, ...]) -> str:
-        """How a report prints it; v0 is y."""
-        x = [label(tensors[-1 - value]) if value < 0 else f"v{value}" if value else "y" for value in self.values]
+    def text(self, tensors: tuple[fx.Node, ...], first: str = "y") -> str:
+        """How a report prints it; v0 is ``first``."""
+        x = [label(tensors[-1 - value]) if value < 0 else f"v{value}" if value else first for value in self.values]
         if self.name in BOUNDS.values():
             form = [n if c is None else c for c, n in zip(self.parameters, (-math.inf, math.inf), strict=True)]
             return NormalForm(1.0, 0.0, *form).text(x[0])
@@ -98,7 +98,11 @@ class Program:
     end: Miss
 
     def __str__(self) -> str:
-        return "; ".join(f"v{i} = {each.text(self.tensors)}" for i, each in enumerate(self.instructions, 1))
+        return text_of(self.instructions, self.tensors)
+
+
+def text_of(instructions: tuple[Instruction, ...], tensors: tuple[fx.Node, ...] = (), first: str = "y") -> str:
+    return "; ".join(f"v{i} = {each.text(tensors, first)}" for i, each in enumerate(instructions, 1))
 
 
 def read_program(
@@ -122,6 +126,18 @@ def read_program(
     return Program(tuple(walk.nodes[:count]), aliases, instructions, tensors, end)
 
 
+def read_instructions(x: Input, nodes: Sequence[fx.Node]) -> tuple[tuple[Instruction, ...], fx.Node | None] | Miss:
+    """How ``nodes`` make the last of them of x, and the first of them that writes to x's memory, if one does."""
+    walk = _Walk(x, [x.node], x.node)
+    for node in nodes:
+        miss = walk.read(node)
+        if miss is not None:
+            return miss
+    instructions, tensors = walk.instructions(walk.number[nodes[-1]])
+    assert not tensors, "what is of x's shape is x, or made of it"
+    return instructions, next((node for node in nodes if walk.writes_to(node, x.node)), None)
+
+
 IDENTITY = NormalForm()
 
 
@@ -138,7 +154,11 @@ class _Walk:
     """``nodes`` have been read; each of the nodes in ``number`` names a value, and lies in the memory ``memory``."""
 
     def __init__(
-        self, convolution: Convolution, names: list[fx.Node], last: fx.Node, before: Sequence[Step] | None = None
+        self,
+        convolution: Convolution | Input,
+        names: list[fx.Node],
+        last: fx.Node,
+        before: Sequence[Step] | None = None,
     ):
         self.convolution = convolution
         self.last = last
@@ -161,7 +181,7 @@ class _Walk:
             read = any(name in self.number for name in node.all_input_nodes)
             if not read and is_barrier(node):
                 return Miss("it may write to what the tail reads, or changes a mode", node, word(node))
-            miss = self._read(node) if read else None
+            miss = self.read(node) if read else None
             if miss is not None:
                 return miss
             node = node.next
@@ -201,7 +221,12 @@ class _Walk:
         made = self.values[value]
         return made.instruction or Instruction("affine", (made.base,), _parameters(made.form))
 
-    def _read(self, node: fx.Node) -> Miss | None:
+    def writes_to(self, node: fx.Node, name: fx.Node) -> bool:
+        """Whether ``node``, which has been read, writes to the memory of ``name``."""
+        call = read_call(node)
+        return call is not None and call.in_place and self.memory[node] == self.memory[name]
+
+    def read(self, node: fx.Node) -> Miss | None:
         call = read_call(node)
         if call is None:
             return Miss("no step of a tail", node, word(node))

@@ -1,7 +1,7 @@
 """A site: a transposed convolution and the longest run of affine and clamp operations behind it.
 
-What comes behind that run, activations and values with several users, is its ``program``: kernels of ours take it,
-everything else leaves it as it is.
+What comes behind that run, activations and values with several users, is its ``program``, and what is done to the
+convolution's input before it its ``prologue``: kernels of ours take these, everything else leaves them as they are.
 
 The walk goes down from the convolution as long as the value has one user and the algebra can fold what that user does.
 An in-place operation leaves the names its value had before: ``y.add_(1); y.relu()`` reads the convolution's node twice,
@@ -25,6 +25,7 @@ from fusion_backend.patterns.convolution import Convolution, read_convolution
 from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.operand import read_vector
 from fusion_backend.patterns.program import Program, read_program
+from fusion_backend.patterns.prologue import Prologue, read_prologue
 from fusion_backend.patterns.source import Miss, is_single, is_tensor, needs_gradient, same_shape, value_of
 from fusion_backend.patterns.steps import read_steps
 from fusion_backend.patterns.vocabulary import Call, read_call, word
@@ -44,6 +45,8 @@ class Site:
     ``end``     why the tail goes no further
     ``program`` what is done to the tail's result behind it, by steps of other kinds; None where that is nothing. Where
                 a gradient flows it begins at the tail's first bound
+    ``prologue`` what is done to the convolution's input before it; None where that is nothing, and where a gradient
+                flows
     """
 
     convolution: Convolution
@@ -55,6 +58,12 @@ class Site:
     gate: Gate | None
     end: Miss
     program: Program | None = None
+    prologue: Prologue | None = None
+
+    @property
+    def x(self) -> fx.Node:
+        """What a kernel reads."""
+        return self.prologue.x if self.prologue is not None else self.convolution.x
 
     @property
     def whole(self) -> Site:
@@ -124,7 +133,11 @@ def match(node: fx.Node, bare: bool = False) -> Site | Miss:
         return end
     form, biased = _forms(bias, walk.steps, walk.single)
     gate = walk.gate if walk.trains else None
-    return Site(convolution, tuple(walk.tail), tuple(walk.names), tuple(walk.steps), form, biased, gate, end, program)
+    before = None if walk.trains else read_prologue(convolution)
+    return Site(
+        convolution, tuple(walk.tail), tuple(walk.names), tuple(walk.steps), form, biased, gate, end, program,
+        before if isinstance(before, Prologue) else None,
+    )  # fmt: skip
 
 
 def _forms(bias: list[Step] | None, steps: Sequence[Step], single: bool) -> tuple[NormalForm, NormalForm]:

@@ -16,12 +16,12 @@ from torch import fx
 
 from fusion_backend.patterns import coefficient as co
 from fusion_backend.patterns.algebra import Clamp, Scale, Shift, Step
-from fusion_backend.patterns.convolution import Convolution
+from fusion_backend.patterns.convolution import Convolution, Input
 from fusion_backend.patterns.operand import label, read_operand, read_vector
 from fusion_backend.patterns.vocabulary import Call
 
 
-def read_steps(call: Call, names: list[fx.Node], convolution: Convolution) -> list[Step] | str:
+def read_steps(call: Call, names: list[fx.Node], convolution: Convolution | Input) -> list[Step] | str:
     """The steps of ``call`` on the value that ``names`` name, or why it cannot be folded."""
     arguments = call.arguments
     if call.row.activation or call.operation in ("detach", "clone"):
@@ -108,7 +108,7 @@ def _clamp(call: Call, operand: Callable[..., co.Coefficient | str], beside: str
     return [Clamp(lo, hi, at_bound)]
 
 
-def _batch_norm(arguments: dict[str, Any], names: list[fx.Node], convolution: Convolution) -> list[Step] | str:
+def _batch_norm(arguments: dict[str, Any], names: list[fx.Node], convolution: Convolution | Input) -> list[Step] | str:
     mean, variance, eps = arguments["running_mean"], arguments["running_var"], arguments.get("eps", 1e-5)
     if arguments.get("training", False) is not False or mean is None or variance is None:
         return "it normalises by the statistics of the batch"

@@ -96,8 +96,10 @@ def test_the_links_to_the_two_folders_are_relative():
         assert os.readlink(ROOT / "fusion_backend" / name) == f"../{name}"
 
 
-def test_the_tables_of_the_readme_are_those_of_the_data() -> None:
+def test_the_tables_are_those_of_the_data() -> None:
     from benchmarks.tables import written
 
-    readme = (ROOT / "README.md").read_text()
-    assert written(readme) == readme, "python -m benchmarks.tables"
+    for name, marks in {"README.md": ("inference", "training"), "docs/performance.md": ("growth", "counters")}.items():
+        text = (ROOT / name).read_text()
+        assert all(f"<!-- {mark} -->" in text for mark in marks)
+        assert written(text) == text, "python -m benchmarks.tables"

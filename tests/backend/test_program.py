@@ -185,12 +185,14 @@ def site_of(model: nn.Module, *inputs: Tensor) -> tuple[fx.GraphModule, Site]:
 
 
 @torch.no_grad()
-def test_a_site_with_a_program_is_none_for_the_march_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_site_with_a_residual_is_none_for_the_march_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problem, "is_hopper", lambda device: True)
-    x = torch.randn(2, 4, 5, 7)
-    for tail, taken in ((torch.relu, True), (torch.tanh, False)):
-        _, site = site_of(Model(lambda m, y, tail=tail: tail(y)), x)
-        assert choice.problem_of(site)[0].hopper == taken
+    x = torch.randn(2, 32, 5, 6)
+    for tail in (torch.relu, torch.tanh):
+        _, site = site_of(Model(lambda m, y, tail=tail: tail(y)), x[:, :4])
+        assert choice.problem_of(site)[0].hopper
+    _, site = site_of(Residual(), x, torch.randn(2, 24, 10, 12))
+    assert not choice.problem_of(site)[0].hopper
 
 
 @torch.no_grad()

@@ -17,9 +17,11 @@ from triton.runtime.driver import driver
 
 from fusion_backend.kernels import hopper_march
 from fusion_backend.kernels.coefficients import coefficients_for
+from fusion_backend.kernels.gate import EVERYTHING, Gate
 from fusion_backend.kernels.hopper_form import Form
-from fusion_backend.kernels.hopper_strips import Config, configs_for, march_for, shared_memory, why_not
+from fusion_backend.kernels.hopper_strips import Config, configs_for, march_for, shared_memory, why_no_bits, why_not
 from fusion_backend.kernels.problem import Problem, problem_for
+from fusion_backend.kernels.program import Program, columns_of
 from tests.kernels.compiling import CHIPS, Compiled, _read_nvidia, on_chip
 from tests.kernels.convolutions import PUBLIC, Conv
 
@@ -56,24 +58,30 @@ def problem_of(conv: Conv, dtype: torch.dtype, x_last: bool, out_last: bool) -> 
         return problem_for(x, weight, conv.axes, conv.groups, out_last, True)
 
 
-def compiled(conv: Conv, problem: Problem, config: Config) -> tuple[Compiled, Form]:
+def compiled(
+    conv: Conv, problem: Problem, config: Config, gate: Gate | None = None, program: str = ""
+) -> tuple[Compiled, Form]:
     """With a shift for each channel and two bounds."""
-    march = march_for(problem, conv.x, config, PROCESSORS)
+    march = march_for(problem, conv.x, config, PROCESSORS, bits=gate is not None)
     # One element stands for all of them: nothing is read or written.
     x, out = (torch.zeros(1, dtype=problem.dtype).expand(shape) for shape in (conv.x, conv.y))
     weight = torch.zeros(conv.x[1], conv.C_out, *(axis.kernel for axis in conv.axes), dtype=problem.dtype)
     given = coefficients_for(out, (None, torch.zeros(conv.C_out), None, None), (1.0, 0.0, 0.0, 0.5))
     packed = hopper_march.pack(weight, problem, config)
+    columns = columns_of(program)
+    steps = Program(program, torch.zeros(conv.C_out, columns) if columns else None)
+    bits = None if gate is None else torch.zeros(1, dtype=torch.uint8)
+    flags = None if gate is None else (gate.lo_open, gate.hi_open, gate.passes_nan)
     kernel, *rest = hopper_march._gluon()
     hopper_march._prepare.cache_clear()
     with (
         mock.patch.object(driver, "_active", Driver()),
         mock.patch.object(hopper_march, "_gluon", return_value=(Warmed(kernel), *rest)),
     ):
-        binary = _read_nvidia(hopper_march.launch(out, x, packed, problem, march, given))
-        form = hopper_march._prepare(problem, march, conv.x, hopper_march._kinds(given)).form
+        launched = hopper_march.launch(out, x, packed, problem, march, given, bits, gate or EVERYTHING, steps)
+        form = hopper_march._prepare(problem, march, conv.x, hopper_march._kinds(given), flags, program).form
     hopper_march._prepare.cache_clear()
-    return binary, form
+    return _read_nvidia(launched), form
 
 
 def loops(assembly: str) -> Iterator[list[str]]:
@@ -96,7 +104,7 @@ def count(pattern: str, code: list[str]) -> int:
 
 def wrong(binary: Compiled, form: Form, problem: Problem, config: Config) -> Iterator[str]:
     """What is wrong with a kernel for sizes that 16 divides."""
-    expected = shared_memory(problem, config)
+    expected = shared_memory(problem, config, columns_of(form.program))
     if binary.shared > min(expected, CHIP.shared_limit):
         yield f"{binary.shared} bytes of shared memory: {expected} are expected"
     # What lies side by side in a thread, of 16 bytes at the most.
@@ -104,12 +112,14 @@ def wrong(binary: Compiled, form: Form, problem: Problem, config: Config) -> Ite
         neighbours = 2 * min(8 // problem.dtype.itemsize, form.channels // 8)
     else:
         neighbours = form.joined * (1 if form.x_last else 2)
-    if set(binary.stores) != {8 * problem.dtype.itemsize * neighbours}:
+    if set(binary.stores) - ({8} if form.writes_bits else set()) != {8 * problem.dtype.itemsize * neighbours}:
         yield f"stores {dict(binary.stores)}, not of {neighbours} elements"
 
     inner = list(loops(binary.assembly))
     spills = [count(r"\b(?:LDL|STL)\b", code) for code in inner]
-    if any(spills):
+    # Behind a program the producer may spill: its consumers take far longer.
+    behind = [number for number, code in zip(spills, inner, strict=True) if count(r"\bHGMMA\.", code)]
+    if any(behind if form.program else spills):
         yield f"{spills} spills in loops, {binary.spills} in all"
     marches = [code for code in inner if count(r"\bHGMMA\.", code)]
     products = sum(len(taps) for row in form.taps for taps in row) * form.depth * problem.dtype.itemsize // 32
@@ -167,3 +177,36 @@ def test_the_configuration_that_others_get(use: tuple) -> None:
     assert why_not(problem) is None
     config = configs_for(problem)[0]
     assert not list(wrong(*compiled(conv, problem, config), problem, config)), config
+
+
+BITS = [*SEEDS, (PUBLIC["kb100_3d"], torch.bfloat16, False, True), (K4, torch.bfloat16, False, False)]
+
+
+@pytest.mark.parametrize("use", BITS, ids=str)
+def test_bits_take_no_barrier_and_no_shared_memory(use: tuple) -> None:
+    """They are shifted together in registers, by warps on their own."""
+    conv, *_ = use
+    problem = problem_of(*use)
+    config = configs_for(problem)[0]
+    assert why_no_bits(problem, conv.y[-1]) is None
+    binary, form = compiled(conv, problem, config, Gate(lo_open=True, passes_nan=False))
+    assert not list(wrong(binary, form, problem, config))
+    marches = [code for code in loops(binary.assembly) if count(r"\bHGMMA\.", code)]
+    assert [count(r"\b(?:STS|STSM)\b", code) for code in marches] == [0, 0]
+    assert [count(r"\bBAR\.", code) for code in marches] == [2, 2], "those of the rows of x"
+
+
+PROGRAMS = [
+    (SEEDS[0], "gelu v0"),
+    (SEEDS[3], "affine v0 2.0 c0 - -; mul v1 v0; add v2 v0"),
+    (SEEDS[4], "silu v0; affine v1 - - - c0"),
+    (SEEDS[7], "gelu v0"),
+]
+
+
+@pytest.mark.parametrize(("use", "text"), PROGRAMS, ids=str)
+def test_programs_leave_the_march_as_it_is(use: tuple, text: str) -> None:
+    conv, *_ = use
+    problem = problem_of(*use)
+    config = configs_for(problem)[0]
+    assert not list(wrong(*compiled(conv, problem, config, None, text), problem, config))

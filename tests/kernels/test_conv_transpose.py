@@ -749,6 +749,14 @@ def test_a_plan_for_another_layout_of_x_gives_way_to_the_rules() -> None:
     assert y.shape == conv.y
 
 
+def test_a_residual_is_added_to_the_result_and_not_to_a_workspace() -> None:
+    x, weight = K16S8.tensors(torch.float32, "cpu", True)
+    problem = problem_for(x, weight, K16S8.axes, 1, False, True)
+    back = next(plan for plan in plans_for(problem) if plan.back)
+    assert kernels._plan(problem, x, back.name) == back
+    assert not kernels._plan(problem, x, back.name, tensors=1).back
+
+
 def test_an_unknown_plan_is_an_error_that_lists_the_known_ones() -> None:
     with FakeTensorMode():
         x, weight = torch.empty(1, 16, 8, 8, device="cuda"), torch.empty(16, 16, 3, 3, device="cuda")

@@ -294,7 +294,7 @@ def test_a_gpu_gets_one_kernel_forward_and_one_backward(channels_last: bool, fus
         bounds = (None, None) if program else (0.0, 0.5)
         coefficients = (None, torch.empty(64, device="cuda"), None, None, 1.0, 0.0, *bounds)
         inputs = (x, weight, None, [2], [1], [1], [1], 1, *coefficients)
-        flags = (False, False, bool(program), fused, channels_last, True, program, None, None, None)
+        flags = (False, False, bool(program), fused, channels_last, True, None, program, None, None, None)
         y, bits = kernels.conv_transpose_training._init_fn(*inputs, *flags)
         assert bits.numel() == ((0 if fused or "tanh" in program else y.numel()) if program else y.numel() // 8)
         ctx = SimpleNamespace(needs_input_grad=[True, True, False, *[False] * 6, True])

@@ -13,13 +13,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from fusion_backend.kernels import hopper_march, problem
+from fusion_backend.kernels import conv_transpose as kernels
+from fusion_backend.kernels import hopper_march, hopper_march_training, problem
 from fusion_backend.kernels.coefficients import coefficients_for
 from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.conv_transpose import conv_transpose, reference
+from fusion_backend.kernels.conv_transpose_training import conv_transpose_training
+from fusion_backend.kernels.gate import Gate, passes, unpack
+from fusion_backend.kernels.gate import pack as pack_bits
 from fusion_backend.kernels.hopper_march import conv_transpose_hopper, is_hopper, launch, pack
-from fusion_backend.kernels.hopper_strips import CONFIGS, Config, configs_for, march_for, why_not, why_not_shape
+from fusion_backend.kernels.hopper_march_training import conv_transpose_hopper_training
+from fusion_backend.kernels.hopper_strips import (
+    CONFIGS,
+    Config,
+    configs_for,
+    march_for,
+    why_no_bits,
+    why_not,
+    why_not_shape,
+)
 from fusion_backend.kernels.layout import empty
+from fusion_backend.kernels.plans import plans_for
 from fusion_backend.kernels.problem import Problem, problem_for
 from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager
 from tests.kernels.implementations import DTYPES, GPU_MARKS, Value, split
@@ -146,7 +160,8 @@ def test_addresses_that_16_does_not_divide(hopper: str) -> None:
     assert_close(run(K3S2, x, weight), x, weight, K3S2)
     x = unflattened(memory[1:], K3S2.x, True)
     with mock.patch.object(hopper_march, "launch", side_effect=AssertionError("the copy engine cannot")):
-        assert_close(operator(K3S2, x, weight), x, weight, K3S2)
+        config, *_ = configs_for(problem_for(x, weight, K3S2.axes, 1, False, True))
+        assert_close(operator(K3S2, x, weight, False, config), x, weight, K3S2, RELU)
     assert not hopper_march._broken
 
 
@@ -202,6 +217,146 @@ def test_more_than_2_to_the_31_elements(hopper: str, last: bool) -> None:
         part = x[n : n + 1, :, h : h + 8, w : w + 8].contiguous()
         assert_close(y[n : n + 1, :, 2 * h : 2 * h + 16, 2 * w : 2 * w + 16], part, weight, corner)
     assert not y.isnan().any()
+
+
+def trained(
+    conv: Conv,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    values: Sequence[Value],
+    gate: Gate,
+    last: bool,
+    config: Config,
+    length: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and its bits; memory on both sides of the bits stays as it is."""
+    problem = problem_for(x, weight, conv.axes, 1, last, True)
+    assert why_no_bits(problem, conv.y[-1]) is None
+    march = march_for(problem, x.shape, config, PROCESSORS, length, bits=True)
+    y = laid_out(torch.full(conv.y, math.nan, dtype=x.dtype, device=x.device), last)
+    memory = torch.full((math.prod(conv.y) // 8 + 128,), 0xA5, dtype=torch.uint8, device=x.device)
+    bits = memory[64:-64]
+    packed = pack(weight, problem, config)
+    launch(y, x, packed, problem, march, coefficients_for(y, *split(values)), bits, gate)
+    assert (memory[:64] == 0xA5).all() and (memory[-64:] == 0xA5).all()
+    return y, bits
+
+
+# Bounds that many of the values are on, as numbers and as tensors, and what passes there.
+BOUNDS = (
+    ((-1.0, 3.0), Gate(lo_open=True, passes_nan=False)),
+    ((0.0, None), Gate(lo_open=True)),
+    (("tensor", "tensor"), Gate(hi_open=True, passes_nan=False)),
+    ((None, "tensor"), Gate(hi_open=True)),
+    (("tensor", 2.0), Gate(passes_nan=False)),
+    ((-2.0, 2.0), Gate(lo_open=True, hi_open=True)),
+)
+
+
+def check_bits(
+    conv: Conv, dtype: torch.dtype, from_last: bool, to_last: bool, bounds: Sequence[int], configs: int = 1
+) -> None:
+    """To the bit, on whole numbers and NaN."""
+    x, weight, shift = conv.whole_numbers(dtype, "cuda", largest=1)
+    x[0, 1, 2, 3] = math.nan
+    x = laid_out(x, from_last)
+    z = reference(x.double(), weight.double(), conv.axes, 1, None, shift.double())
+    by_channel = torch.arange(conv.C_out, device="cuda").remainder(5).float()
+    for ends, gate in (BOUNDS[index] for index in bounds):
+        tensors = (by_channel - 4, by_channel)
+        lo, hi = (tensor if end == "tensor" else end for tensor, end in zip(tensors, ends, strict=True))
+        spread = (b.view(-1, *(1,) * conv.rank) if isinstance(b, torch.Tensor) else b for b in (lo, hi))
+        exact = pack_bits(passes(z, *spread, gate), to_last)
+        clamped = pointwise(z, None, None, *(b.double() if isinstance(b, torch.Tensor) else b for b in (lo, hi)))
+        for config in configs_for(problem_for(x, weight, conv.axes, 1, to_last, True))[:configs]:
+            for length in (None, 1, 4):
+                y, bits = trained(conv, x, weight, (None, shift, lo, hi), gate, to_last, config, length)
+                wrong = int((bits != exact).sum())
+                assert wrong == 0, f"{wrong} of {bits.numel()} bytes, {config}, {length}, {ends}, {gate}"
+                torch.testing.assert_close(y.double(), clamped, rtol=0, atol=0, equal_nan=True, check_stride=False)
+
+
+WHOLE_BYTES = {
+    "k3s2": (Conv((3, 48, 6, 36), 40, (3,), (2,), (1,), (1,)), torch.float32, False, False),
+    "odd": (ODD, torch.float32, True, True),
+    "odd_turned": (ODD, torch.bfloat16, False, True),
+    "small": (Conv((7, 32, 4, 4), 16, (3,), (2,), (1,), (1,)), torch.bfloat16, False, False),
+    "k4s2": (Conv((2, 64, 5, 36), 64, (4,), (2,), (1,)), torch.bfloat16, True, False),
+    "k2s2": (Conv((2, 128, 3, 12), 64, (2,), (2,)), torch.float32, True, False),
+    "k2s2_last": (Conv((2, 128, 3, 9), 24, (2,), (2,)), torch.float16, False, True),
+    "k3s1": (Conv((2, 32, 5, 24), 32, (3,), (1,), (1,)), torch.bfloat16, False, False),
+    "k3s1_turned": (Conv((2, 32, 5, 24), 32, (3,), (1,), (1,)), torch.float32, True, False),
+    "k4s4": (Conv((1, 16, 3, 6), 16, (4,), (4,)), torch.float32, False, False),
+    "k4s4_turned": (Conv((1, 16, 3, 6), 16, (4,), (4,)), torch.bfloat16, True, False),
+    "k1s3": (Conv((1, 32, 3, 5), 16, (1,), (3,), (0,), (2,)), torch.bfloat16, True, True),
+    "mixed": (Conv((2, 16, 3, 64), 24, (3, 4), (1, 2), (1, 1)), torch.float16, False, False),
+    "k3s2_3d": (Conv((2, 32, 3, 4, 5), 16, (3,), (2,), (1,)), torch.float32, True, True),
+    "k3s2_3d_contiguous": (Conv((1, 16, 3, 4, 12), 16, (3,), (2,), (1,), (1,)), torch.bfloat16, False, False),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_BYTES)
+def test_the_bits_of_every_kind_in_runs_of_any_length(hopper: str, name: str) -> None:
+    check_bits(*WHOLE_BYTES[name], (list(WHOLE_BYTES).index(name) % len(BOUNDS),))
+
+
+K3S2_BYTES = Conv((3, 64, 5, 68), 64, (3,), (2,), (1,), (1,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("from_last", "to_last"), LAYOUTS)
+def test_the_bits_of_any_layout_in_every_order(hopper: str, dtype: torch.dtype, from_last: bool, to_last: bool) -> None:
+    index = LAYOUTS.index((from_last, to_last)) + (dtype == torch.float32)
+    check_bits(K3S2_BYTES, dtype, from_last, to_last, (index, (index + 3) % len(BOUNDS)), configs=3)
+
+
+@pytest.mark.parametrize(("from_last", "to_last"), LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_bit_is_ever_wrong_in_60_launches(hopper: str, dtype: torch.dtype, from_last: bool, to_last: bool) -> None:
+    conv = PUBLIC["seed"]
+    x, weight, shift = conv.whole_numbers(dtype, "cuda", largest=1)
+    x, gate, bounds = laid_out(x, from_last), Gate(lo_open=True, passes_nan=False), (-1.0, 3.0)
+    z = eager(x, weight, conv).float() + shift.view(-1, 1, 1)  # which is exact, also in bfloat16
+    exact, y_exact = pack_bits(passes(z, *bounds, gate), to_last), laid_out(z.clamp(*bounds).to(dtype), to_last)
+    del z
+    config, *_ = configs_for(problem_for(x, weight, conv.axes, 1, to_last, True))
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(60):
+        y, bits = trained(conv, x, weight, (None, shift, *bounds), gate, to_last, config)
+        wrong += (bits != exact).sum() + (y != y_exact).sum()
+    assert wrong.item() == 0
+
+
+@pytest.mark.parametrize(("from_last", "to_last"), LAYOUTS)
+def test_training_runs_the_march_and_its_gradients_are_right(hopper: str, from_last: bool, to_last: bool) -> None:
+    """Those of another kernel, to the bit, called as it is and compiled by Inductor."""
+    x, weight, shift = K3S2_BYTES.whole_numbers(torch.bfloat16, hopper, largest=1)
+    leaves = [laid_out(x, from_last).requires_grad_(), weight.requires_grad_(), shift.requires_grad_()]
+    grad = torch.randint(-1, 2, K3S2_BYTES.y, device=hopper).to(torch.bfloat16)
+
+    def forward(x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, plan: str | None) -> torch.Tensor:
+        return conv_transpose_training(
+            x, weight, None, [2], [1], [1], [1], shift=shift, lo_number=-1.0, hi_number=3.0, passes_nan=False,
+            fused=True, channels_last=to_last, plan=plan,
+        )[0]  # fmt: skip
+
+    problem = problem_for(leaves[0], weight, K3S2_BYTES.axes, 1, to_last, True)
+    general = next(plan.name for plan in plans_for(problem) if not (plan.is_hopper or plan.is_march or plan.turned))
+    results = []
+    with mock.patch.object(hopper_march, "launch", side_effect=launch) as launched:
+        for run, plan, count in (
+            (forward, None, 1),
+            (torch.compile(forward, fullgraph=True), None, 2),
+            (forward, general, 2),
+        ):
+            y = run(*leaves, plan)
+            assert launched.call_count == count and not hopper_march._broken
+            assert is_laid_out(y, to_last)
+            results.append((y, *torch.autograd.grad(y, leaves, grad)))
+    assert launched.call_args.args[6] is not None, "the bits"
+    for ours in results[:2]:
+        for each, other in zip(ours, results[2], strict=True):
+            torch.testing.assert_close(each, other, rtol=0, atol=0, check_stride=False)
 
 
 def operator(
@@ -299,6 +454,32 @@ def test_says_what_it_does_not_take(conv: Conv, last: bool, options: dict[str, b
     assert str(why_not(problem_of(conv, torch.float32, last, **options))).startswith(reason)
 
 
+@pytest.mark.parametrize(
+    ("conv", "last", "reason"),
+    [
+        (K3S2_BYTES, False, None),
+        (K3S2, False, "rows of 132 elements are not made of whole bytes"),
+        (Conv((2, 16, 8, 8), 16, (3,), (3,)), False, "3 phases of a row are stored one by one"),
+        (Conv((2, 16, 8, 8), 16, (8,), (8,)), False, "8 phases of a row are stored one by one"),
+        (Conv((2, 16, 7, 7), 24, (3,), (3,)), True, None),
+        (Conv((2, 16, 8, 8), 20, (3,), (2,)), True, "20 channels are not a multiple of 8"),
+    ],
+)
+def test_says_where_it_writes_no_bits(conv: Conv, last: bool, reason: str | None) -> None:
+    assert why_no_bits(problem_of(conv, torch.bfloat16, last), conv.y[-1]) == reason
+
+
+@pytest.mark.parametrize(("stride", "pixels"), [(1, 8), (2, 4), (4, 2)])
+def test_strips_of_whole_bytes(stride: int, pixels: int) -> None:
+    """For rows of 8 elements, of which a strip could hold more than it must."""
+    conv = Conv((64, 16, 16, 8 // stride), 16, (4,), (stride,), (1,) if stride == 2 else (0,))
+    for last, sizes in itertools.product((False, True), range(1, 40)):
+        problem = problem_of(conv, torch.bfloat16, last)
+        x = (*conv.x[:3], sizes)
+        box = march_for(problem, x, configs_for(problem)[0], PROCESSORS, bits=True).box
+        assert math.prod(box) == 64 and box[2] >= (2 if last else pixels)
+
+
 def test_says_that_images_are_too_large_for_31_bits() -> None:
     problem = problem_of(SEED, torch.bfloat16, True)
     shape = (1, 64, 4096, 4096)
@@ -391,6 +572,51 @@ def test_opcheck(last: bool) -> None:
     tensors, numbers = (None, torch.randn(8), None, None), (1.0, 0.0, None, 0.5)
     for channels_last in (False, True):
         torch.library.opcheck(
-            conv_transpose_hopper._opoverload,
+            conv_transpose_hopper,
             (x, weight, packed, [2], [1], [1], [1], *tensors, *numbers, channels_last, True, SMALLEST.name),
         )
+
+
+GATED = (1.0, 0.0, 0.0, 0.5, True, False, False)  # numbers, lo_open, hi_open, passes_nan
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_the_training_operator_is_the_general_one_where_there_is_no_hopper(last: bool, channels_last: bool) -> None:
+    x, weight = CPU.tensors(torch.float32, "cpu", last)
+    packed = pack(weight, problem_for(x, weight, CPU.axes, 1, channels_last, True), SMALLEST)
+    given = ([2], [1], [1], [1], None, torch.randn(8), None, None, *GATED)
+    arguments = (x, weight, packed, *given, channels_last, True, SMALLEST.name)
+    y, bits = conv_transpose_hopper_training(*arguments)
+    assert is_laid_out(y, channels_last)
+    given = (x, weight, None, *given[:4], 1, *given[4:])
+    expected, other_bits = conv_transpose_training(*given)
+    assert torch.equal(y, expected)
+    assert torch.equal(unpack(bits, CPU.y, channels_last), unpack(other_bits, CPU.y, last))
+    torch.library.opcheck(conv_transpose_hopper_training, arguments)
+
+
+def test_training_takes_the_march_where_it_writes_bits_and_a_named_plan_before_that() -> None:
+    sizes = ([2], [1], [1], [1])
+    gate = Gate(lo_open=True)
+    with (
+        FakeTensorMode(),
+        mock.patch.object(problem, "is_hopper", return_value=True),
+        mock.patch.object(problem, "shared_memory_limit", return_value=HOPPER),
+        mock.patch.object(
+            hopper_march_training, "conv_transpose_hopper_training", side_effect=conv_transpose_hopper_training
+        ) as march,
+        mock.patch.object(kernels, "launch_plan"),
+    ):
+        for conv, plan, taken in (
+            (K3S2_BYTES, None, True),
+            (K3S2_BYTES, "128x64x128, 4 warps, 3 stages", False),
+            (replace(K3S2_BYTES, x=(3, 64, 5, 66)), None, False),
+        ):
+            x, weight, _ = conv.fakes(torch.bfloat16, False, False)
+            rest = ((None,) * 4, (1.0, 0.0, 0.0, None), False, True)
+            before = march.call_count
+            ran = kernels.run(x, weight, *sizes, 1, *rest, gate, plan)
+            assert march.call_count - before == taken
+            if taken:
+                assert [each.shape for each in ran] == [conv.y, (math.prod(conv.y) // 8,)]

@@ -92,4 +92,14 @@ def test_only_a_contiguous_x_is_turned() -> None:
     for problem in EVERYTHING:
         turned = [plan for plan in plans_for(problem) if plan.turned]
         assert bool(turned) == (not problem.x_last and problem.dot and not problem.exact)
-        assert all(plan.problem(problem) == replace(problem, x_last=True) for plan in turned)
+        assert all(plan.problem(problem).x_last for plan in turned)
+
+
+def test_results_are_turned_back_where_float32_has_no_whole_sectors() -> None:
+    vocoder = replace(WIDE, axes=(Axis(), Axis(), Axis(16, 8, 4)), dtype=torch.float32, tf32=True, x_last=True)
+    back = [plan for plan in plans_for(vocoder) if plan.back]
+    assert back and all(plan.problem(vocoder) == replace(vocoder, out_last=True) for plan in back)
+    assert all(plan_named(vocoder, plan.name) == plan for plan in back)
+    others = ({"out_last": True}, {"dtype": torch.bfloat16, "tf32": False}, {"axes": (Axis(), Axis(), Axis(8, 4, 2))})
+    for other in others:
+        assert not any(plan.back for plan in plans_for(replace(vocoder, **other)))

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from fusion_backend.kernels import conv_transpose, epilogue, problem, row_march
+from fusion_backend.kernels import conv_transpose, epilogue, hopper_march, hopper_strips, problem, row_march
 from fusion_backend.kernels.activations import ACTIVATIONS
 from fusion_backend.kernels.coefficients import coefficients_for
 from fusion_backend.kernels.conv_transpose import reference
@@ -157,8 +157,8 @@ def test_the_reference_is_the_plain_thing() -> None:
         torch.testing.assert_close(run_program(x, program), expected)
 
 
-def fits(plan: Plan, march: bool) -> bool:
-    return plan.is_march == march and not plan.turned and not plan.is_hopper
+def fits(plan: Plan, march: bool, hopper: bool = False) -> bool:
+    return (plan.is_march, plan.is_hopper, plan.turned) == (march, hopper, False)
 
 
 # The kernels, each behind the same function: x, weight, convolution, the values of the normal form, program, layout.
@@ -185,19 +185,20 @@ def march_in_interpreter(
     return out
 
 
-def on_gpu(march: bool) -> Kernel:
+def on_gpu(march: bool, hopper: bool = False) -> Kernel:
     """By the first plan of each kernel, through the operator."""
 
     def run(
         x: torch.Tensor, weight: torch.Tensor, conv: Conv, values: Any, program: Program, last: bool
     ) -> torch.Tensor:
         problem = problem_for(x, weight, conv.axes, conv.groups, last, True)
-        plans = (plan.name for plan in plans_for(problem) if fits(plan, march))
+        plans = (plan.name for plan in plans_for(problem) if fits(plan, march, hopper))
         plan = next(plans, None)
         if plan is None:
             pytest.skip(f"the march does not take {conv}")
         tensors, numbers = split(values)
         sizes = (conv.stride, conv.padding, conv.output_padding, conv.dilation)
+        assert not (hopper and hopper_march._broken)
         return torch.ops.fused_post.conv_transpose(
             x,
             weight,
@@ -374,22 +375,33 @@ def test_on_a_cpu_inductor_compiles_the_reference() -> None:
     torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), function(x))
 
 
-def test_the_march_on_hopper_refuses_a_program() -> None:
+def test_the_march_on_hopper_takes_a_program_without_tensors_where_there_is_room() -> None:
     sizes = ([2], [1], [1], [1])
     with (
         FakeTensorMode(),
         mock.patch.object(problem, "is_hopper", return_value=True),
         mock.patch.object(problem, "shared_memory_limit", return_value=227 * 1024),
+        mock.patch.object(hopper_march, "conv_transpose_hopper", side_effect=hopper_march.conv_transpose_hopper) as ran,
     ):
         x, weight = torch.empty(2, 64, 32, 32, device="cuda"), torch.empty(64, 64, 3, 3, device="cuda")
-        hopper = next(plan for plan in plans_for(problem_for(x, weight, WIDE.axes, 1, False, True)) if plan.is_hopper)
-        with pytest.raises(ValueError, match=f"plan is '{hopper.name}'; allowed for this convolution are"):
-            torch.ops.fused_post.conv_transpose(x, weight, *sizes, plan=hopper.name, program="tanh v0")
-        assert torch.ops.fused_post.conv_transpose(x, weight, *sizes, program="tanh v0").shape == (2, 64, 64, 64)
+        vectors, y = torch.empty(64, 1, device="cuda"), torch.empty(2, 64, 64, 64, device="cuda")
+        given = problem_for(x, weight, WIDE.axes, 1, False, True)
+        hopper = next(plan for plan in plans_for(given) if plan.is_hopper)
+        name = hopper.name
+        operator = torch.ops.fused_post.conv_transpose
+        assert operator(x, weight, *sizes, plan=name, program="leaky_relu v0 c0", vectors=vectors).shape == y.shape
+        assert ran.call_count == 1 and ran.call_args.args[-2:] == ("leaky_relu v0 c0", vectors)
+        with pytest.raises(ValueError, match=f"plan is '{name}'; allowed for this convolution are"):
+            operator(x, weight, *sizes, plan=name, program="add v0 t0", tensor_0=y)
+        assert operator(x, weight, *sizes, program="tanh v0").shape == y.shape
+        assert ran.call_count == 1
+    most = (given.shared_limit - hopper_strips.shared_memory(given, hopper.config)) // (4 * hopper.config.channels)
+    assert conv_transpose._plan(given, x, name, columns=most).is_hopper
+    assert not conv_transpose._plan(given, x, name, columns=most + 1).is_hopper
 
 
 # On a GPU: every activation and every program, in both kernels.
-ON_GPU = {"general": on_gpu(march=False), "march": on_gpu(march=True)}
+ON_GPU = {"general": on_gpu(march=False), "march": on_gpu(march=True), "hopper": on_gpu(False, hopper=True)}
 WIDE = Conv((2, 32, 17, 24), 40, (3,), (2,), (1,), (1,))
 DEEP = Conv((1, 32, 5, 9, 16), 24, (3,), (2,), (1,))
 
@@ -411,14 +423,19 @@ PAIRED = (
     ("general", torch.bfloat16, True),
     ("march", torch.float32, True),
     ("march", torch.bfloat16, False),
+    ("hopper", torch.float32, False),
+    ("hopper", torch.bfloat16, True),
 )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-@pytest.mark.parametrize(("kernel", "dtype", "last"), PAIRED, ids=str)
-@pytest.mark.parametrize("name", TEXTS)
-def test_every_program_in_both_kernels_on_a_gpu(name: str, kernel: str, dtype: torch.dtype, last: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "kernel", "dtype", "last"),
+    [(name, *pair) for name in TEXTS for pair in PAIRED if not (pair[0] == "hopper" and " t0" in TEXTS[name])],
+    ids=str,
+)
+def test_every_program_in_every_kernel_on_a_gpu(name: str, kernel: str, dtype: torch.dtype, last: bool) -> None:
     """In two dimensions and, every other program, in three."""
     conv = (WIDE, DEEP)[list(TEXTS).index(name) % 2]
     check(ON_GPU[kernel], conv, TEXTS[name], dtype, last, "cuda")

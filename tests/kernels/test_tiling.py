@@ -88,6 +88,8 @@ EVERYTHING = [
 def test_every_problem_has_a_tiling_that_fits() -> None:
     for each in EVERYTHING:
         assert choose_tiling(each) in tilings(each), each
+        before = replace(each, prologue=True)
+        assert choose_tiling(before) in tilings(before), before
 
 
 def test_columns_are_phases_times_channels_and_none_is_without_use() -> None:

@@ -5,11 +5,14 @@ A package that is not installed skips its models; requirements/dev.txt says whic
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import MODELS
+from benchmarks.cases import CONV, Case
+from benchmarks.models import CONVOLUTIONS, MODELS
 from tests.models.checking import Found, assert_accurate, sites
 
 UNKNOWN = "not an affine or clamp operation"
@@ -89,7 +92,18 @@ def test_the_sites_are_those_expected(name: str) -> None:
 # Not EnCodec, which reads its paddings off tensors: without data there is nothing to read.
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "encodec_decoder"])
 @torch.no_grad()
-def test_the_configuration_of_the_benchmark_fits(name: str) -> None:
+def test_the_configuration_of_the_benchmark_has_the_convolutions_that_are_measured(name: str) -> None:
+    found: list[Case] = []
+
+    def record(conv: Any, inputs: tuple[Tensor, ...]) -> None:
+        sizes = (conv.kernel_size, conv.stride, conv.padding, conv.output_padding)
+        assert all(len(set(each)) == 1 for each in sizes)
+        found.append(Case("", tuple(inputs[0].shape), conv.out_channels, *(each[0] for each in sizes)))
+
     with torch.device("meta"):
         model, inputs = build(name, small=False)
+        for module in model.modules():
+            if isinstance(module, tuple(CONV.values())):
+                module.register_forward_pre_hook(record)
         assert model(*inputs).shape[0] == inputs[0].shape[0]
+    assert found == [Case("", *sizes) for sizes in CONVOLUTIONS[name]]
