@@ -22,7 +22,7 @@ bits. The gradient of u is another program (see ``program_backward``), of g and 
     conv_transpose(x, w)       which PyTorch's convolution has written, and the epilogue kernel has read; or
     x and w                    where the fused kernel never writes it: it computes u once more, and the gradient from it
 
-From the gradient of u on it is as above, but that a is multiplied into w, where it is not one.
+From the gradient of u on it is as above, but that a is multiplied into w, where it is not one (``program_training``).
 """
 
 import math
@@ -46,9 +46,9 @@ from fusion_backend.kernels.epilogue_backward import epilogue_backward
 from fusion_backend.kernels.gate import Gate
 from fusion_backend.kernels.layout import is_channels_last
 from fusion_backend.kernels.problem import SMALLEST_EDGE
-from fusion_backend.kernels.program import NO_PROGRAM, Program, check_program, laid_out_as, reads
-from fusion_backend.kernels.program import reference as run_program
-from fusion_backend.kernels.program_backward import backward_of, behind_form, of_result, with_columns_from_zero
+from fusion_backend.kernels.program import NO_PROGRAM, Program, check_program
+from fusion_backend.kernels.program_backward import of_result
+from fusion_backend.kernels.program_training import backward, forward, takes
 from fusion_backend.kernels.support import DTYPES
 
 
@@ -91,34 +91,13 @@ def _forward(
     if program.text:
         again = fused and bias is None and x.dtype in DTYPES
         wanted = ["t0", *(f"c{column}" for column in learned)]  # at most
-        return _with_program(y, tensors, numbers, program, not again and _reads(program.text, "v0", wanted))
+        return forward(y, tensors, numbers, program, not again and takes(program.text, "v0", wanted))
     if epilogue.runs_kernel(y):
         return y, epilogue.gated_(y, tensors, numbers, gate)
     coefficients = coefficients_for(y, tensors, numbers)
     if gate is None:
         return reference(y, *coefficients.values), y.new_empty(0, dtype=torch.uint8)
     return gated_reference(y, coefficients, gate, bool(is_channels_last(y)))
-
-
-def _reads(text: str, value: str, wanted: Sequence[str]) -> bool:
-    """Whether the gradients of these values and columns, and of v0, take ``value``."""
-    if of_result(text) is not None:
-        return False
-    return any(reads(backward_of(text, each) or "", value) for each in ("v0", *wanted))
-
-
-def _with_program(
-    v: torch.Tensor, tensors: Tensors, numbers: Numbers, program: Program, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The program's result from the convolution's, and the latter where it is to be kept; it is written over if not."""
-    coefficients = coefficients_for(v, tensors, numbers)
-    program = laid_out_as(v, program)
-    if epilogue.runs_kernel(v):
-        y = torch.empty_like(v) if keep else v
-        epilogue.launch(y, v if keep else None, coefficients, program=program)
-    else:
-        y = run_program(reference(v.to(_compute(v)), *coefficients.values), program).to(v.dtype)
-    return y, v if keep else v.new_empty(0)
 
 
 # The body comes first: where triton_op registers an operator it looks for the kernels behind it, for compile caches.
@@ -202,9 +181,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     wanted += ["t0"] if tensor is not None and tensor.requires_grad else []
     if of_result(ctx.program) is not None:
         kept = y
-    elif not _reads(ctx.program, "v0", wanted):
+    elif not takes(ctx.program, "v0", wanted):
         kept = None
-    tensor = tensor if _reads(ctx.program, "t1", wanted) else None
+    tensor = tensor if takes(ctx.program, "t1", wanted) else None
     ctx.save_for_backward(x, weight, bias, scale, kept, shift, vectors, tensor)
 
 
@@ -239,7 +218,8 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
     passed: torch.Tensor | None
     blocked: torch.Tensor | None = None
     if ctx.program:
-        grad_conv, passed, grad_vectors, grad_tensor = _through_program(ctx, grad, turned, needs_shift, *needs[24:26])
+        grad_conv, passed, grad_vectors, grad_tensor = backward(ctx, grad, turned, needs_shift, *needs[24:26])
+        grad_conv = _turned(grad_conv, True) if turned else grad_conv
     elif bits is None and factor is None and number == 1.0:
         grad_conv = _turned(grad, True) if turned else grad
         passed = grad.sum((0, *range(2, grad.dim())), dtype=_compute(grad))
@@ -279,65 +259,6 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
         grad_scale, passed if needs_shift else None, blocked if needs_lo else None, blocked if needs_hi else None,
         *(None,) * 12, grad_vectors, grad_tensor, None,
     )  # fmt: skip
-
-
-def _through_program(
-    ctx: Any, grad: torch.Tensor, turned: bool, sums: bool, needs_vectors: bool, needs_tensor: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of what stands before the program, with its sums by channel, of the vectors and of the tensor.
-
-    ``turned``: the first is to be channels_last. Each learned column takes a pass of its own.
-    """
-    x, weight, _, scale, value, shift, given, tensor = ctx.saved_tensors
-    text, columns, start = _from_convolution(ctx, scale, shift, given)
-    first = len(columns) - (0 if given is None else given.shape[1])
-    of_value, of_tensor = of_result(ctx.program), None
-    if of_value is None:
-        of_value, of_tensor = backward_of(text, start), backward_of(text, "t0")
-
-    def run(text: str | None, last: bool, sums: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if text is None:
-            return torch.zeros_like(grad), grad.new_zeros(grad.shape[1], dtype=_compute(grad))
-        named, text = with_columns_from_zero(text)
-        used = torch.stack([columns[column] for column in named], 1) if named else None
-        t1 = tensor if reads(text, "t1") else None
-        if text and (value is not None or not reads(text, "v0")):
-            at = value if reads(text, "v0") else None
-            rest = (ctx.channels_last, sums, False, True if last else None, text, at, used, t1)
-            g, passed, _ = epilogue_backward(grad, None, None, 1.0, *rest)
-            return g, passed
-        if text:
-            how = {"channels_last": ctx.channels_last, "allow_tf32": ctx.allow_tf32, "program": text, "vectors": used}
-            g = conv_transpose.conv_transpose(x, weight, *ctx.convolution, **how, tensor_0=grad, tensor_1=t1)
-        else:
-            g = grad
-        passed = g.sum((0, *range(2, g.dim())), dtype=_compute(g)) if sums else None
-        return _turned(g, True) if last else g, passed
-
-    before, passed = run(of_value, turned, sums)
-    grad_vectors = grad_tensor = None
-    if needs_vectors:
-        learned: Any = {column: run(backward_of(text, f"c{first + column}"), False, True)[1] for column in ctx.learned}
-        nothing = torch.zeros_like(columns[first])
-        grad_vectors = torch.stack([learned.get(column, nothing) for column in range(given.shape[1])], 1)
-    if needs_tensor:
-        grad_tensor = before if of_tensor == of_value else run(of_tensor, False, False)[0]
-    return before, passed, grad_vectors, grad_tensor
-
-
-def _from_convolution(
-    ctx: Any, scale: torch.Tensor | None, shift: torch.Tensor | None, vectors: torch.Tensor | None
-) -> tuple[str, list[torch.Tensor], str]:
-    """The program behind its scale and shift, the columns that it names then, and the value between them."""
-    columns = [each for each in (scale, shift) if each is not None]
-    own = [] if vectors is None else list(vectors.unbind(1))
-    words: list[float | str] = [f"c{i}" for i in range(len(columns))]
-    a = words.pop(0) if scale is not None else ctx.scale_number
-    b = words.pop(0) if shift is not None else ctx.shift_number
-    if a == 1.0 and b == 0.0:
-        return ctx.program, own, "v0"
-    text = behind_form(ctx.program, None if a == 1.0 else a, None if b == 0.0 else b, len(columns))
-    return text, [*columns, *own], "v1"
 
 
 def _compute(x: torch.Tensor) -> torch.dtype:

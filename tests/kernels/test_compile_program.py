@@ -99,7 +99,6 @@ def test_a_march_without_room_for_tensors_gives_way() -> None:
 
 
 BACKS = {
-    "tanh": "tanh_backward_of_result t0 v0",
     "silu, scale": "affine v0 - c0 - -; affine t0 2.0 - - -; silu_backward v2 v1",
     "residual": "add v0 t1; hardswish v1; mul t0 v2; mul t0 v1; hardswish_backward v4 v1; add v3 v5",
 }
@@ -121,14 +120,12 @@ def back_launch(place: str, chip: str, text: str, dtype: torch.dtype = torch.bfl
     return launch
 
 
-@pytest.mark.parametrize("chip", ["sm_89", "sm_90", "gfx942"])
+@pytest.mark.parametrize("chip", ["sm_89", "sm_90"])
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", ["tanh", "residual"])
-def test_a_way_back_has_no_spills_and_whole_vectors(name: str, place: str, chip: str) -> None:
-    compiled = compile_launch(back_launch(place, chip, BACKS[name]), CHIPS[chip])
+def test_a_way_back_has_no_spills_and_whole_vectors(place: str, chip: str) -> None:
+    compiled = compile_launch(back_launch(place, chip, BACKS["residual"]), CHIPS[chip])
     assert not compiled.spills, f"{compiled.registers} registers"
-    if chip != "gfx942":
-        assert compiled.loads[128] >= 2 and max(compiled.stores) == 128
+    assert compiled.loads[128] >= 3 and max(compiled.stores) == 128
 
 
 @pytest.mark.parametrize("kernel", ["general", "march"])
