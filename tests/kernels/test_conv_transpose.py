@@ -171,7 +171,7 @@ LARGER = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("conv", LARGER.values(), ids=LARGER)
 def test_every_plan_writes_the_bits_of_a_gate(conv: Conv, dtype: torch.dtype, last: bool) -> None:
-    """On whole numbers again, in five launches each."""
+    """On whole numbers again, in five launches each. The march on Hopper has tests of its own."""
     x, weight, shift = conv.whole_numbers(dtype, "cuda", largest=1)
     x = laid_out(x, last)
     problem = problem_for(x, weight, conv.axes, conv.groups, last, True)
@@ -180,7 +180,9 @@ def test_every_plan_writes_the_bits_of_a_gate(conv: Conv, dtype: torch.dtype, la
     expected = pack(passes(z, -1.0, 3.0, gate), last)
     wrong: list[str] = []
     plans = [
-        plan for plan in plans_for(problem) if not plan.turned and not kernels._why_no_bits(plan, problem, conv.y[-1])
+        plan
+        for plan in plans_for(problem)
+        if not (plan.turned or plan.is_hopper) and not kernels._why_no_bits(plan, problem, conv.y[-1])
     ]
     for plan in plans:
         given = kernels.pack_for(plan, weight, problem)

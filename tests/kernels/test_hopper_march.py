@@ -254,26 +254,27 @@ BOUNDS = (
 
 
 def check_bits(
-    conv: Conv, dtype: torch.dtype, from_last: bool, to_last: bool, bounds: Sequence[int], configs: int = 1
+    conv: Conv, dtype: torch.dtype, from_last: bool, to_last: bool, bounds: int, channels: int | None = None
 ) -> None:
-    """To the bit, on whole numbers and NaN."""
+    """To the bit, on whole numbers and NaN; by the first configuration, or the first of so many channels."""
     x, weight, shift = conv.whole_numbers(dtype, "cuda", largest=1)
     x[0, 1, 2, 3] = math.nan
     x = laid_out(x, from_last)
     z = reference(x.double(), weight.double(), conv.axes, 1, None, shift.double())
     by_channel = torch.arange(conv.C_out, device="cuda").remainder(5).float()
-    for ends, gate in (BOUNDS[index] for index in bounds):
-        tensors = (by_channel - 4, by_channel)
-        lo, hi = (tensor if end == "tensor" else end for tensor, end in zip(tensors, ends, strict=True))
-        spread = (b.view(-1, *(1,) * conv.rank) if isinstance(b, torch.Tensor) else b for b in (lo, hi))
-        exact = pack_bits(passes(z, *spread, gate), to_last)
-        clamped = pointwise(z, None, None, *(b.double() if isinstance(b, torch.Tensor) else b for b in (lo, hi)))
-        for config in configs_for(problem_for(x, weight, conv.axes, 1, to_last, True))[:configs]:
-            for length in (None, 1, 4):
-                y, bits = trained(conv, x, weight, (None, shift, lo, hi), gate, to_last, config, length)
-                wrong = int((bits != exact).sum())
-                assert wrong == 0, f"{wrong} of {bits.numel()} bytes, {config}, {length}, {ends}, {gate}"
-                torch.testing.assert_close(y.double(), clamped, rtol=0, atol=0, equal_nan=True, check_stride=False)
+    ends, gate = BOUNDS[bounds]
+    tensors = (by_channel - 4, by_channel)
+    lo, hi = (tensor if end == "tensor" else end for tensor, end in zip(tensors, ends, strict=True))
+    spread = (b.view(-1, *(1,) * conv.rank) if isinstance(b, torch.Tensor) else b for b in (lo, hi))
+    exact = pack_bits(passes(z, *spread, gate), to_last)
+    clamped = pointwise(z, None, None, *(b.double() if isinstance(b, torch.Tensor) else b for b in (lo, hi)))
+    fitting = configs_for(problem_for(x, weight, conv.axes, 1, to_last, True))
+    config = next(config for config in fitting if channels in (None, config.channels))
+    for length in (None, 1, 4):
+        y, bits = trained(conv, x, weight, (None, shift, lo, hi), gate, to_last, config, length)
+        wrong = int((bits != exact).sum())
+        assert wrong == 0, f"{wrong} of {bits.numel()} bytes, {config}, {length}, {ends}, {gate}"
+        torch.testing.assert_close(y.double(), clamped, rtol=0, atol=0, equal_nan=True, check_stride=False)
 
 
 WHOLE_BYTES = {
@@ -297,26 +298,31 @@ WHOLE_BYTES = {
 
 @pytest.mark.parametrize("name", WHOLE_BYTES)
 def test_the_bits_of_every_kind_in_runs_of_any_length(hopper: str, name: str) -> None:
-    check_bits(*WHOLE_BYTES[name], (list(WHOLE_BYTES).index(name) % len(BOUNDS),))
+    check_bits(*WHOLE_BYTES[name], list(WHOLE_BYTES).index(name) % len(BOUNDS))
 
 
 K3S2_BYTES = Conv((3, 64, 5, 68), 64, (3,), (2,), (1,), (1,))
 
 
+@pytest.mark.parametrize("channels", [64, 32, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("from_last", "to_last"), LAYOUTS)
-def test_the_bits_of_any_layout_in_every_order(hopper: str, dtype: torch.dtype, from_last: bool, to_last: bool) -> None:
-    index = LAYOUTS.index((from_last, to_last)) + (dtype == torch.float32)
-    check_bits(K3S2_BYTES, dtype, from_last, to_last, (index, (index + 3) % len(BOUNDS)), configs=3)
+def test_the_bits_of_any_layout_in_every_width(
+    hopper: str, dtype: torch.dtype, from_last: bool, to_last: bool, channels: int
+) -> None:
+    bounds = LAYOUTS.index((from_last, to_last)) + channels.bit_length() + (dtype == torch.float32)
+    check_bits(K3S2_BYTES, dtype, from_last, to_last, bounds % len(BOUNDS), channels)
 
 
 @pytest.mark.parametrize(("from_last", "to_last"), LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_bit_is_ever_wrong_in_60_launches(hopper: str, dtype: torch.dtype, from_last: bool, to_last: bool) -> None:
     conv = PUBLIC["seed"]
-    x, weight, shift = conv.whole_numbers(dtype, "cuda", largest=1)
-    x, gate, bounds = laid_out(x, from_last), Gate(lo_open=True, passes_nan=False), (-1.0, 3.0)
-    z = eager(x, weight, conv).float() + shift.view(-1, 1, 1)  # which is exact, also in bfloat16
+    _, weight, shift = replace(conv, x=(1, *conv.x[1:])).whole_numbers(dtype, "cuda", largest=1)
+    x = laid_out(torch.randint(-1, 2, conv.x, device="cuda", dtype=dtype), from_last)
+    gate, bounds = Gate(lo_open=True, passes_nan=False), (-1.0, 3.0)
+    z = torch.cat([eager(part.double(), weight.double(), conv).float() for part in x.split(8)])
+    z += shift.view(-1, 1, 1)
     exact, y_exact = pack_bits(passes(z, *bounds, gate), to_last), laid_out(z.clamp(*bounds).to(dtype), to_last)
     del z
     config, *_ = configs_for(problem_for(x, weight, conv.axes, 1, to_last, True))
