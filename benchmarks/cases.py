@@ -96,6 +96,18 @@ def bias_tanh(y: Tensor, bias: Tensor) -> Tensor:
     return torch.tanh(y - bias)
 
 
+def bias_leaky_relu(y: Tensor, bias: Tensor) -> Tensor:
+    return F.leaky_relu(y + bias, 0.2)
+
+
+def bias_gelu(y: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(y + bias)
+
+
+def bias_silu(y: Tensor, bias: Tensor) -> Tensor:
+    return F.silu(y + bias)
+
+
 def clamp_halve(y: Tensor, bias: Tensor) -> Tensor:
     return torch.clamp(y, min=-1.0) / 2.0
 
@@ -120,8 +132,11 @@ def min_gelu(y: Tensor, bias: Tensor) -> Tensor:
 
 TAILS: dict[str, Callable[..., Tensor]] = {
     tail.__name__: tail
-    for tail in (none, seed, bias_relu, bias_tanh, clamp_halve, mish_hardtanh, residual, add_hardswish, min_gelu)
-}
+    for tail in (
+        none, seed, bias_relu, bias_tanh, bias_leaky_relu, bias_gelu, bias_silu, clamp_halve, mish_hardtanh, residual,
+        add_hardswish, min_gelu,
+    )
+}  # fmt: skip
 
 CASES: dict[str, Case] = {
     case.name: case

@@ -119,7 +119,7 @@ def judge_training(rows: list[dict[str, Any]]) -> None:
         found = []
         for known in (cases, [case for case in cases if case is not own]):
             with mock.patch.object(training, "measured", lambda gpu, known=known: known):
-                found.append(training.predict(own.problem, own.shape, own.relu, "this GPU"))
+                found.append(training.predict(own.problem, own.shape, own.kind, "this GPU"))
         ways = " / ".join(each.way if not isinstance(each, str) and each.is_taken else "inductor" for each in found)
         times = ", ".join(f"{way} {own.peer / ms:.2f}x" for way, ms in own.plans.items())
         print(f"    {row['case']} {row['dtype']} {row['memory_format']}: {ways} ({times})")

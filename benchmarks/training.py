@@ -2,6 +2,7 @@
 
     python -m benchmarks.training [--cases seed,unet_up2 | sweep] [--dtypes float32] [--limit 100] [--budget 150]
                                   [--cpu] [--out FILE]
+    python -m benchmarks.training --cases programs
 
 The step is ``model(x).backward(g)`` with gradients for x, the weight and both biases. Each gradient, of the whole
 batch, is checked against float64 before anything is timed. Rows are prepared (compiled and checked) by many processes
@@ -16,6 +17,8 @@ Max-autotune is without CUDA graphs, as all are. "fused_post epilogue" has PyTor
 "fused_post fused" has the fused kernel write them, where it can; on a GPU "fused_post inductor" keeps none. What
 Inductor tunes, it tunes while other rows are prepared. The data go to benchmarks/results as JSON after every row.
 
+"programs" are two of these shapes behind activations: tails of which the result tells the gradient (tanh, leaky_relu),
+and such of which it does not (gelu, silu); there "fused_post fused" computes the convolution once more in the backward.
 "sweep" is the same sites with a quarter of the batch, and with half the sizes: ``auto`` judges a site that is not among
 the measured ones by the two most like it (``python -m benchmarks.evidence``).
 """
@@ -61,7 +64,18 @@ def sweep() -> dict[str, Case]:
     return {case.name: case for case in cases}
 
 
-KNOWN = CASES | sweep()
+def programs() -> dict[str, Case]:
+    """By name, such as "seed tanh"."""
+    cases = [
+        replace(CASES[name], name=f"{name} {tail.removeprefix('bias_')}", tail=tail)
+        for name in ("seed", "unet_up2")
+        for tail in ("bias_tanh", "bias_leaky_relu", "bias_gelu", "bias_silu")
+    ]
+    return {case.name: case for case in cases}
+
+
+SETS = {"sweep": sweep(), "programs": programs()}
+KNOWN = CASES | SETS["sweep"] | SETS["programs"]
 IMAGES = 8  # whose float64 gradients are computed at a time
 CPU_IMAGES, CPU_PIXELS = 4, 64 * 64  # of a case on the CPU
 
@@ -241,7 +255,7 @@ def bytes_of(case: Case, dtype: torch.dtype, *_: object) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=names, default=list(TRAINED), help=f"of sweep,{','.join(KNOWN)}")
+    parser.add_argument("--cases", type=names, default=list(TRAINED), help=f"of {','.join([*SETS, *KNOWN])}")
     parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=1.0, help="of measuring a row")
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds for preparing as many rows as fit")
@@ -249,10 +263,10 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="on the CPU, with small shapes")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/training_<device>.json")
     args = parser.parse_args()
-    chosen = [name for given in args.cases for name in (sweep() if given == "sweep" else [given])]
+    chosen = [name for given in args.cases for name in SETS.get(given, [given])]
     unknown = set(chosen) - set(KNOWN)
     if unknown:
-        parser.error(f"unknown cases {sorted(unknown)}; known are {['sweep', *KNOWN]}")
+        parser.error(f"unknown cases {sorted(unknown)}; known are {[*SETS, *KNOWN]}")
     if not args.cpu and not torch.cuda.is_available():
         parser.error("no GPU here; --cpu measures small shapes on the CPU")
 

@@ -26,9 +26,8 @@ HEAD = """\
 
 Written by `python docs/steps.py` from the tables in the code; a test holds the page to them.
 
-What stands behind a transposed convolution rides in our kernels as long as it is made of the steps below. In inference
-all of them are taken. Where a gradient flows, the tail is a normal form alone and ends at the first other step; and
-where a site is left to Inductor, it gets the other steps as you wrote them.
+What stands behind a transposed convolution rides in our kernels as long as it is made of the steps below, in inference
+and where a gradient flows. Where a site is left to Inductor, it gets all but the first normal form as you wrote it.
 
 ## Affine and clamp operations
 
@@ -45,15 +44,18 @@ VALUES = """
 A value may be read more than once, as in `x * sigmoid(x)`, if all its readers belong to the tail: `add`, `sub`, `rsub`
 (with a constant `alpha`), `mul`, `div`, `minimum` and `maximum` of two such values are steps. `detach()`, `clone()` and
 a reshape to the same shape are taken along. So is a tensor of the convolution's shape, dtype and memory format in the
-place of one of the two, a residual or a mask: at most two of them, and without `alpha`.
+place of one of the two, a residual or a mask: at most two of them, in training one, and without `alpha`.
 
 ## Activations
 
 In fp32 whatever the dtype is, rounded once at the end of the tail. A parameter is a number; the slope of `leaky_relu`
-and `prelu` may also be one value per channel.
+and `prelu` may also be one value per channel. The derivative is eager's, at corners and at NaN, too. Where it is a
+function of the result y, as behind a sigmoid, and the activation is the whole tail but for the affine steps before it,
+y is all that is kept for the backward (for `elu` where its parameters are positive, for `leaky_relu` where the slope is
+a positive number, and for `softplus` where the threshold is 16 or more).
 
-| step | formula | spellings |
-|---|---|---|
+| step | formula | derivative | spellings |
+|---|---|---|---|
 """
 
 TAIL = """
@@ -67,8 +69,9 @@ of them, rounded once before the product; an operation in place only where nobod
 
 Two rows, one on either side of the fence between reading graphs and computing:
 
-1. `kernels/activations.py`: a row of `ACTIVATIONS` with its formula, its meaning in plain PyTorch and its derivative,
-   and the same in Triton, a branch of `activate`. Mind NaN, infinities, what overflows on the way, digits near zero.
+1. `kernels/activations.py`: a row of `ACTIVATIONS` with its formula, its meaning in plain PyTorch and its derivative
+   (at x and, if the result tells it, at y), and the same in Triton, a branch of `activate`, of `differentiate` and, if
+   so, of `differentiate_result`. Mind NaN, infinities, what overflows on the way, digits near zero.
 2. `patterns/activations.py`: a row of `ACTIVATIONS` with its spellings, whose `activation` leads from the parameters
    that a user writes to those of the first row.
 
@@ -85,7 +88,9 @@ def page() -> str:
     for row in SPELLINGS:
         for step in _steps(row):
             rows[step].append(row)
-    activations = [_row(name, f"`{each.equation}`", _spellings(rows[name])) for name, each in KERNELS.items()]
+    activations = [
+        _row(name, f"`{each.equation}`", f"`{each.slope}`", _spellings(rows[name])) for name, each in KERNELS.items()
+    ]
     return "".join([HEAD, *dict.fromkeys(affine), VALUES, *activations, TAIL])
 
 

@@ -146,7 +146,9 @@ def _rewrite(decision: Decision) -> bool:
         return False
     if choice.training:
         # A GPU adds a convolution's bias in a pass of its own, a CPU does not.
-        return rewrite.use_training(site, fused=choice.kernel == "fused", leave_bias=choice.kernel == "inductor")
+        left = choice.kernel == "inductor"
+        program = choice.program and not left
+        return rewrite.use_training(site, fused=choice.kernel == "fused", leave_bias=left, program=program)
     if choice.kernel == "fused":
         return rewrite.use_fused(site, choice.plan, choice.relayout, choice.program, choice.prologue)
     if choice.kernel == "epilogue":

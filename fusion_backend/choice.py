@@ -30,6 +30,7 @@ from fusion_backend.patterns.coefficient import is_infinite, leaves
 from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import needs_gradient, value_of
+from fusion_backend.program_text import written
 from fusion_backend.surroundings import Surroundings, is_stored, saves_a_pass
 
 UNKNOWN_LAYOUT = "which layout Inductor gives the convolutions beside it cannot be told"
@@ -85,8 +86,10 @@ def choose(site: Site, options: Options, around: Surroundings = ALONE) -> Choice
         return _auto(site, options, around, problem, trains, saves)
     if problem:
         return _inductor(site, f"the {requested} kernel cannot run: {problem}", saves)
-    if requested != "fused" or trains:
-        return Choice(requested, "asked for", trains)
+    if trains:
+        return _training_asked_for(site, requested, saves)
+    if requested != "fused":
+        return Choice(requested, "asked for")
     relayout = is_relaid(site, around) is True
     site = taken(site, requested, relayout, prologue=True)
     plan = _plan_asked_for(site, options, relayout)
@@ -140,11 +143,43 @@ def _takes_prologue(site: Site, plan: str) -> bool:
     return is_stored(before.x) and value_of(before.x).is_contiguous()
 
 
+def _training_asked_for(site: Site, requested: str, saves: bool) -> Choice:
+    if site.program is not None and not _learns_nothing(site):
+        return Choice(requested, f"asked for; {_kept_for(site, requested)}", training=True)
+    if not site.tail and site.convolution.bias is None:
+        return _inductor(site, "there is nothing to fold", saves)
+    return Choice(requested, "asked for", training=True, program=False)
+
+
+def _kept_for(site: Site, kernel: str) -> str:
+    """What of a program is kept for the backward, in words."""
+    if _kind(site) == training.RESULT:
+        return "its result tells the gradient, and nothing is kept beside it"
+    if kernel == "fused":
+        return "nothing but x is kept, and the backward computes the convolution once more"
+    return "the convolution's result is kept"
+
+
+def _kind(site: Site) -> str:
+    """Which measured steps a site with a program is like."""
+    from fusion_backend.kernels.program_backward import of_result  # which needs triton
+
+    assert site.program is not None
+    text, _ = written(site.program.instructions)
+    return training.PROGRAM if of_result(text) is None else training.RESULT
+
+
 def _trained(site: Site, around: Surroundings, problem: str | None, saves: bool) -> Choice:
     if site.convolution.value.device.type == "cpu" and problem:
         return _inductor(site, f"no kernel of ours is taken: {problem}", saves)
     if not problem and is_relaid(site, around) is not False:
         problem = RELAID_IN_TRAINING
+    if not problem and site.program is not None and not _learns_nothing(site):
+        found = problem_of(replace(site, program=None))
+        best = found and training.predict(*found, _kind(site), gpu_name(site.convolution.value.device))
+        if isinstance(best, training.Prediction) and best.is_taken and best.way != training.FOLDED:
+            return Choice(best.way, f"{_in_training(best)}; {_kept_for(site, best.way)}", training=True)
+    site = replace(site, program=None)
     why = why_no_bits(site)
     if not problem and why != RELU_ALONE:
         problem = why
@@ -153,17 +188,21 @@ def _trained(site: Site, around: Surroundings, problem: str | None, saves: bool)
     found = problem_of(site)
     if found is None:
         return _as_written("its sizes are not known even roughly", saves, site)
-    best = training.predict(*found, why == RELU_ALONE, gpu_name(site.convolution.value.device))
+    kind = training.RELU if why == RELU_ALONE else training.BOUNDS
+    best = training.predict(*found, kind, gpu_name(site.convolution.value.device))
     if isinstance(best, str):
         return _as_written(f"no kernel of ours is measured in training: {best}", saves, site)
+    if not best.is_taken:
+        return _as_written(f"the {best.way} way is {_in_training(best)}", saves, site)
+    if best.way == training.FOLDED:
+        return _inductor(site, f"folded it is {_in_training(best)}", saves_bits=False)
+    return Choice(best.way, _in_training(best), training=True, program=False)
+
+
+def _in_training(best: training.Prediction) -> str:
     case = f"the most similar measured case, {best.case}"
     predicted = f"predicted to have {best.speedup:.2f} times the speed of Inductor in training at {case}"
-    kept = f"keeping {best.kept:.2f} of what Inductor keeps for the backward"
-    if not best.is_taken:
-        return _as_written(f"the {best.way} way is {predicted}, {kept}", saves, site)
-    if best.way == training.FOLDED:
-        return _inductor(site, f"folded it is {predicted}, {kept}", saves_bits=False)
-    return Choice(best.way, f"{predicted}, {kept}", training=True)
+    return f"{predicted}, keeping {best.kept:.2f} of what Inductor keeps for the backward"
 
 
 def _as_written(why: str, saves_bits: bool, site: Site) -> Choice:
@@ -315,13 +354,19 @@ def why_no_bits(site: Site) -> str | None:
         return "the convolution has no batch dimension"
     if is_infinite(form.lo) and is_infinite(form.hi):
         return "the tail has no bounds"
-    if not any(needs_gradient(value_of(node)) for node in (convolution.x, convolution.weight)):
+    if _learns_nothing(site):
         return "the convolution itself learns nothing"
     if any(leaf.learned for leaf in leaves(form.scale)):
         return LEARNED_SCALE
     if form.lo == 0.0 and is_infinite(form.hi) and site.gate == Gate(lo_open=True):
         return RELU_ALONE
     return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def _learns_nothing(site: Site) -> bool:
+    """Of the convolution; then what is kept for its backward is kept for nothing."""
+    convolution = site.convolution
+    return not any(node and needs_gradient(value_of(node)) for node in (convolution.x, convolution.weight))
 
 
 def why_no_kernel(site: Site) -> str | None:

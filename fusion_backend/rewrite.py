@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.program import Instruction
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import is_tensor, value_of
+from fusion_backend.program_text import written
 
 
 def fold(site: Site) -> bool:
@@ -81,18 +83,21 @@ def use_fused(
     return True
 
 
-def use_training(site: Site, fused: bool, leave_bias: bool) -> bool:
+def use_training(site: Site, fused: bool, leave_bias: bool, program: bool = False) -> bool:
     """Replace convolution, bias and tail by ``fused_post::conv_transpose_training``, which has gradients.
 
     ``leave_bias``: PyTorch adds the convolution's bias, as in eager; else it becomes part of the tail's shift.
+    ``program``: the operator takes the site's, where it has one.
     """
     from fusion_backend.kernels import conv_transpose_training  # noqa: F401  as above
 
+    site = site.whole if program else replace(site, program=None)
     gate, readers = site.gate, _readers(site)
     assert gate is not None
     with _inserting(site):
         flags = (gate.lo_open, gate.hi_open, gate.passes_nan, fused, *layout_of(site.convolution.value))
-        both = _call(site, torch.ops.fused_post.conv_transpose_training.default, *flags, leave_bias=leave_bias)
+        target = torch.ops.fused_post.conv_transpose_training.default
+        both = _call(site, target, *flags, leave_bias=leave_bias, **_programs(site))
         y = both.graph.call_function(operator.getitem, (both, 0))
     _replace(site, readers, y)
     site.convolution.node.graph.erase_node(site.convolution.node)
@@ -128,7 +133,7 @@ def _inserting(site: Site) -> Any:
 def _coefficients(site: Site, form: NormalForm) -> tuple[fx.Node | float | None, ...]:
     """A normal form as our operators take it: four vectors or None, and four numbers."""
     coefficients = form.coefficients
-    leaf = _leaf_reader(site, GraphAppendingTracer(site.last.graph), form)
+    leaf = _leaf_reader(site, GraphAppendingTracer(site.last.graph), coefficients)
     known: dict[int, Any] = {}
     channels = site.convolution.value.shape[1]
 
@@ -144,37 +149,33 @@ def _coefficients(site: Site, form: NormalForm) -> tuple[fx.Node | float | None,
 
 
 def _programs(site: Site) -> dict[str, Any]:
-    """What is done behind the first normal form, and before the convolution, as our operators take it."""
+    """What is done behind the first normal form, and before the convolution, as our operators take it.
+
+    For an operator that trains also which columns learn.
+    """
     given: dict[str, Any] = {}
     if site.program is not None:
-        text, vectors = _program(site, site.program.instructions, site.convolution.value.shape[1])
+        text, vectors, columns = _program(site, site.program.instructions, site.convolution.value.shape[1])
         tensors = {f"tensor_{i}": tensor for i, tensor in enumerate(site.program.tensors)}
         given |= {"program": text, "vectors": vectors, **tensors}
+        if site.gate is not None:
+            given["learned"] = [i for i, c in enumerate(columns) if any(leaf.learned for leaf in co.leaves(c))]
     if site.prologue is not None:
-        text, vectors = _program(site, site.prologue.instructions, value_of(site.x).shape[1])
+        text, vectors, _ = _program(site, site.prologue.instructions, value_of(site.x).shape[1])
         given |= {"prologue": text, "prologue_vectors": vectors}
     return given
 
 
-def _program(site: Site, instructions: tuple[Instruction, ...], channels: int) -> tuple[str, fx.Node | None]:
-    """Text, and a column for each vector in it, or None."""
-    columns: list[Coefficient] = []
-
-    def word(c: Coefficient | None) -> str:
-        if c is None or isinstance(c, float):
-            return "-" if c is None else repr(c)
-        columns.append(c)
-        return f"c{len(columns) - 1}"
-
-    text = "; ".join(
-        " ".join([each.name, *(f"v{v}" if v >= 0 else f"t{-1 - v}" for v in each.values), *map(word, each.parameters)])
-        for each in instructions
-    )
-    leaf = _leaf_reader(site, GraphAppendingTracer(site.last.graph), site.form)
+def _program(
+    site: Site, instructions: tuple[Instruction, ...], channels: int
+) -> tuple[str, fx.Node | None, list[Coefficient]]:
+    """Text, a column for each vector in it, or None, and what the columns are."""
+    text, columns = written(instructions)
+    leaf = _leaf_reader(site, GraphAppendingTracer(site.last.graph), columns)
     known: dict[int, Any] = {}
     vectors: Any = [co.evaluate(column, leaf, known).expand(channels) for column in columns]
     stacked: Any = torch.stack(vectors, 1) if vectors else None
-    return text, stacked.node if vectors else None
+    return text, stacked.node if vectors else None, columns
 
 
 def _as(dtype: torch.dtype, node: fx.Node) -> fx.Node:
@@ -191,7 +192,7 @@ def _folded(site: Site) -> fx.Proxy:
     compute = _compute_dtype(value.dtype)
     cast = compute != value.dtype
     spatial = (1,) * site.convolution.rank
-    leaf = _leaf_reader(site, tracer, form)
+    leaf = _leaf_reader(site, tracer, form.coefficients)
     known: dict[int, Any] = {}
 
     def broadcast(c: Coefficient) -> Any:
@@ -249,8 +250,10 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _leaf_reader(site: Site, tracer: GraphAppendingTracer, form: NormalForm) -> Callable[[Leaf], fx.Proxy]:
-    """Reads a leaf of ``form`` as a proxy of shape [C] or [], in the compute dtype; each leaf once."""
+def _leaf_reader(
+    site: Site, tracer: GraphAppendingTracer, coefficients: Sequence[Coefficient]
+) -> Callable[[Leaf], fx.Proxy]:
+    """Reads a leaf of ``coefficients`` as a proxy of shape [C] or [], in the compute dtype; each leaf once."""
     value = site.convolution.value
     dtype, device = _compute_dtype(value.dtype), getattr(value, "device", None)
     read: dict[fx.Node, fx.Proxy] = {}
@@ -272,7 +275,7 @@ def _leaf_reader(site: Site, tracer: GraphAppendingTracer, form: NormalForm) -> 
             read[leaf.value] = proxy.to(dtype)
         return read[leaf.value]
 
-    learned = {each.value: each for each in co.leaves(*form.coefficients) if each.learned}
+    learned = {each.value: each for each in co.leaves(*coefficients) if each.learned}
     if site.gate is not None and len(learned) > 1:
         # Two biases have one gradient. AOTAutograd returns it as two views of one memory, and autograd, which takes
         # both for its own, would accumulate into it twice. Behind a concatenation each has a part of its own.

@@ -1,16 +1,16 @@
 """What is measured of training steps on a kind of GPU, and which of our ways that speaks for at a site.
 
-Two of them keep one bit an element for the backward, by ``fused_post::conv_transpose_training``:
+Two of them keep one bit an element for the backward, or what a program needs, by ``conv_transpose_training``:
 
-    fused       the fused kernel writes result and bits
+    fused       the fused kernel writes the result, and bits where there are bounds
     epilogue    PyTorch's convolution, and the epilogue kernel, which writes the bits
     folded      the tail's normal form in torch operations, left to Inductor, without bits
 
 ``measured/<gpu>.json`` holds under "training", for each measured site, the device's time of a forward and a backward in
 each way and in the fastest of the peers (``peer``), and the bytes that forward keeps for backward in each. A site
 is judged as in inference (``evidence``): by itself or by the two cases most like it, which both must speak for a way. A
-case speaks for one that is faster than the peer, or that keeps less and is not slower. Behind a lone relu the peer
-keeps its result alone, which the next operation keeps anyway: such sites are judged by each other.
+case speaks for one that is faster than the peer, or that keeps less and is not slower. Only cases of the same kind are
+asked: behind a lone relu the peer keeps its result alone, which the next operation keeps anyway; a program has no bits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,22 @@ NOT_SLOWER = 0.98
 
 FOLDED = "folded"
 
-RELU = "bias_relu"  # the benchmark's name of the tail that is a relu alone
+# What is kept differs, and so sites are judged by their like: a relu alone, bounds, and programs whose result tells the
+# gradient, or does not.
+RELU, BOUNDS, RESULT, PROGRAM = "relu", "bounds", "result", "program"
+
+# Of the tails of the benchmark; the others have bounds.
+KINDS = {
+    "bias_relu": RELU,
+    "bias_tanh": RESULT,
+    "bias_leaky_relu": RESULT,
+    "bias_gelu": PROGRAM,
+    "bias_silu": PROGRAM,
+    "mish_hardtanh": PROGRAM,
+    "residual": PROGRAM,
+    "add_hardswish": PROGRAM,
+    "min_gelu": PROGRAM,
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,7 @@ class Case(evidence.Case):
     """``plans`` are our ways; ``kept`` in bytes: of each way and, under "peer", of the peer."""
 
     kept: dict[str, int]
-    relu: bool
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -55,9 +70,9 @@ class Prediction:
         return self.speedup >= LEAST_SPEEDUP or (self.speedup >= NOT_SLOWER and self.kept < 1)
 
 
-def predict(problem: Problem, shape: Sequence[int], relu: bool, gpu: str) -> Prediction | str:
+def predict(problem: Problem, shape: Sequence[int], kind: str, gpu: str) -> Prediction | str:
     """The fastest of our ways that is to be taken or, where none is, the fastest; or why nothing can be said."""
-    cases = [case for case in measured(gpu) if case.relu == relu]
+    cases = [case for case in measured(gpu) if case.kind == kind]
     near = evidence.nearest(problem, shape, cases, gpu)
     if isinstance(near, str):
         return near
@@ -82,4 +97,4 @@ def measured(gpu: str) -> tuple[Case, ...]:
 
 def case_of(row: dict[str, Any]) -> Case:
     """From a row of the file."""
-    return Case(**vars(evidence.case_of(row)), kept=row["kept"], relu=row["tail"] == RELU)
+    return Case(**vars(evidence.case_of(row)), kept=row["kept"], kind=KINDS.get(row["tail"], BOUNDS))

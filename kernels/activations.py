@@ -1,11 +1,13 @@
 """The activations that a program may name: one row each, and beside it the same in Triton.
 
     meaning      y = f(x, *parameters) in plain PyTorch: what eager computes, and the reference of the kernels
-    derivative   dy/dx at x, in plain PyTorch; where f has a corner, what eager's backward gives
-    ``activate`` the same f in a kernel, in fp32: one branch each, of which a kernel compiles those that it names
+    derivative   dy/dx at x, in plain PyTorch; where f has a corner, and at NaN, what eager's backward gives
+    of_result    dy/dx again, at y: where that tells it, nothing else need be kept for the backward
+    ``activate``, ``differentiate`` and ``differentiate_result``
+                 the same in a kernel, in fp32: one branch each, of which a kernel compiles those that it names
 
 A parameter is a number or one value per channel. In a kernel NaN goes through and infinities give what they give in
-eager. Nothing is taken from a GPU vendor's library but ``exp``, ``log``, ``erf`` and ``sin``, which Triton has
+eager. Nothing is taken from a GPU vendor's library but ``exp``, ``log``, ``erf``, ``sin`` and ``cos``, which Triton has
 everywhere. Near zero, where a fast ``exp`` or ``log`` loses all digits, ``expm1`` and ``log1p`` are their series.
 """
 
@@ -23,12 +25,24 @@ Meaning = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class Activation:
-    """A row: y = ``meaning``(x, *parameters), by the formula that ``equation`` prints in the docs."""
+    """A row: y = ``meaning``(x, *parameters); ``equation`` and ``slope`` are y and dy/dx as the docs print them.
+
+    ``tells``   for which parameters ``of_result`` holds; they are numbers then
+    ``blocks``  where the derivative is zero, eager's backward gives zero whatever the gradient is, be it NaN
+    """
 
     equation: str
+    slope: str
     meaning: Meaning
     derivative: Meaning
     parameters: tuple[str, ...] = ()
+    of_result: Meaning | None = None
+    tells: Callable[..., bool] = lambda *parameters: True
+    blocks: bool = False
+
+
+# From here on softplus(x) is x, and its derivative 1, to a rounding of float32.
+LINEAR = 16.0
 
 
 def _gelu_derivative(x: torch.Tensor) -> torch.Tensor:
@@ -51,7 +65,11 @@ def _elu(x: torch.Tensor, alpha: float, scale: float, input_scale: float) -> tor
 
 
 def _elu_derivative(x: torch.Tensor, alpha: float, scale: float, input_scale: float) -> torch.Tensor:
-    return torch.where(x > 0, torch.full_like(x, scale), torch.exp(x * input_scale) * (alpha * scale * input_scale))
+    return torch.where(x <= 0, torch.exp(x * input_scale) * (alpha * scale * input_scale), torch.ones_like(x) * scale)
+
+
+def _elu_of_result(y: torch.Tensor, alpha: float, scale: float, input_scale: float) -> torch.Tensor:
+    return torch.where(y <= 0, (y + alpha * scale) * input_scale, torch.ones_like(y) * scale)
 
 
 def _softplus(x: torch.Tensor, beta: float, threshold: float) -> torch.Tensor:
@@ -71,8 +89,8 @@ def _hardsigmoid_derivative(x: torch.Tensor) -> torch.Tensor:
 
 
 def _hardswish_derivative(x: torch.Tensor) -> torch.Tensor:
-    between = torch.where(x > -3, x / 3 + 0.5, torch.zeros_like(x))
-    return torch.where(x >= 3, torch.ones_like(x), between)
+    between = torch.where(x < 3, x / 3 + 0.5, torch.ones_like(x))
+    return torch.where(x <= -3, torch.zeros_like(x), between)
 
 
 def _softplus_derivative(x: torch.Tensor, beta: float, threshold: float) -> torch.Tensor:
@@ -80,45 +98,67 @@ def _softplus_derivative(x: torch.Tensor, beta: float, threshold: float) -> torc
 
 
 ACTIVATIONS = {
-    "abs": Activation("|x|", torch.abs, torch.sign),
+    "abs": Activation("|x|", "sign(x)", torch.abs, torch.sign),
     "elu": Activation(
         "x*scale where x > 0, else expm1(x*input_scale)*alpha*scale",
+        "scale where x > 0, else (y + alpha*scale)*input_scale",
         _elu, _elu_derivative, ("alpha", "scale", "input_scale"),
+        _elu_of_result, lambda *parameters: min(parameters) > 0,
     ),
-    "erf": Activation("erf(x)", torch.erf, lambda x: torch.exp(-x * x) * (2 / math.sqrt(math.pi))),
-    "exp": Activation("exp(x)", torch.exp, torch.exp),
-    "gelu": Activation("x/2*(1 + erf(x/sqrt(2)))", F.gelu, _gelu_derivative),
+    "erf": Activation(
+        "erf(x)", "2/sqrt(pi)*exp(-x^2)", torch.erf, lambda x: torch.exp(-x * x) * (2 / math.sqrt(math.pi))
+    ),
+    "exp": Activation("exp(x)", "y", torch.exp, torch.exp, of_result=lambda y: y),
+    "gelu": Activation(
+        "x/2*(1 + erf(x/sqrt(2)))", "(1 + erf(x/sqrt(2)))/2 + x*exp(-x^2/2)/sqrt(2*pi)", F.gelu, _gelu_derivative
+    ),
     "gelu_tanh": Activation(
         "x/2*(1 + tanh(sqrt(2/pi)*(x + 0.044715*x^3)))",
+        "(1 + t)/2 + x/2*(1 - t^2)*sqrt(2/pi)*(1 + 0.134145*x^2), t being that tanh",
         lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh_derivative,
     ),
     "hardsigmoid": Activation(
-        "min(max(x + 3, 0), 6)/6", F.hardsigmoid, _hardsigmoid_derivative
+        "min(max(x + 3, 0), 6)/6", "1/6 where -3 < x < 3, else 0",
+        F.hardsigmoid, _hardsigmoid_derivative, blocks=True,
     ),
     "hardswish": Activation(
-        "x*min(max(x + 3, 0), 6)/6",
-        F.hardswish, _hardswish_derivative,
+        "x*min(max(x + 3, 0), 6)/6", "0 where x <= -3, x/3 + 1/2 where x < 3, else 1",
+        F.hardswish, _hardswish_derivative, blocks=True,
     ),
     "leaky_relu": Activation(
-        "x where x > 0, else x*negative_slope",
+        "x where x > 0, else x*negative_slope", "1 where x > 0, else negative_slope",
         _leaky_relu, _leaky_relu_derivative, ("negative_slope",),
+        _leaky_relu_derivative, lambda slope: slope > 0,
     ),
-    "log1p": Activation("log(1 + x)", torch.log1p, lambda x: 1 / (1 + x)),
-    "mish": Activation("x*tanh(log(1 + exp(x)))", F.mish, _mish_derivative),
-    "sigmoid": Activation("1/(1 + exp(-x))", torch.sigmoid, lambda x: torch.sigmoid(x) * torch.sigmoid(-x)),
+    "log1p": Activation("log(1 + x)", "1/(1 + x)", torch.log1p, lambda x: 1 / (1 + x)),
+    "mish": Activation(
+        "x*tanh(log(1 + exp(x)))", "t + x*(1 - t^2)/(1 + exp(-x)), t being that tanh", F.mish, _mish_derivative
+    ),
+    "sigmoid": Activation(
+        "1/(1 + exp(-x))", "y*(1 - y)",
+        torch.sigmoid, lambda x: torch.sigmoid(x) * torch.sigmoid(-x), of_result=lambda y: y * (1 - y),
+    ),
     "silu": Activation(
-        "x/(1 + exp(-x))", F.silu, lambda x: torch.sigmoid(x) * (1 + x * torch.sigmoid(-x))
+        "x/(1 + exp(-x))", "s*(1 + x*(1 - s)) with s = 1/(1 + exp(-x))",
+        F.silu, lambda x: torch.sigmoid(x) * (1 + x * torch.sigmoid(-x)),
     ),
-    "sin": Activation("sin(x)", torch.sin, torch.cos),
+    "sin": Activation("sin(x)", "cos(x)", torch.sin, torch.cos),
     "softplus": Activation(
         "x where x*beta > threshold, else log(1 + exp(x*beta))/beta",
-        _softplus, _softplus_derivative,
-        ("beta", "threshold"),
+        "1 where x*beta > threshold, else 1 - exp(-y*beta)",
+        _softplus, _softplus_derivative, ("beta", "threshold"),
+        lambda y, beta, threshold: -torch.expm1(-y * beta), lambda beta, threshold: threshold >= LINEAR,
     ),
-    "softsign": Activation("x/(1 + |x|)", lambda x: x / (1 + x.abs()), lambda x: (1 + x.abs()) ** -2),
-    "sqrt": Activation("sqrt(x)", torch.sqrt, lambda x: 0.5 / torch.sqrt(x)),
-    "square": Activation("x^2", torch.square, lambda x: 2 * x),
-    "tanh": Activation("tanh(x)", torch.tanh, lambda x: 1 - torch.tanh(x) ** 2),
+    "softsign": Activation(
+        "x/(1 + |x|)", "1/(1 + |x|)^2", lambda x: x / (1 + x.abs()), lambda x: (1 + x.abs()) ** -2
+    ),
+    "sqrt": Activation(
+        "sqrt(x)", "1/(2*y)", torch.sqrt, lambda x: 0.5 / torch.sqrt(x), of_result=lambda y: 0.5 / y
+    ),
+    "square": Activation("x^2", "2*x", torch.square, lambda x: 2 * x),
+    "tanh": Activation(
+        "tanh(x)", "1 - y^2", torch.tanh, lambda x: 1 - torch.tanh(x) ** 2, of_result=lambda y: 1 - y * y
+    ),
 }  # fmt: skip
 
 
@@ -215,3 +255,78 @@ def activate(x, p, q, r, NAME: tl.constexpr):
     else:
         tl.static_assert(False, "an activation without a branch")
     return y
+
+
+@triton.jit
+def differentiate(x, p, q, r, NAME: tl.constexpr):
+    """The derivative of the activation of that name at x; as in ``activate``."""
+    if NAME == "abs":
+        d = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+    elif NAME == "elu":
+        d = tl.where(x <= 0, tl.exp(x * r) * (p * q * r), q)
+    elif NAME == "erf":
+        d = tl.exp(-x * x) * 1.1283791670955126
+    elif NAME == "exp":
+        d = _exp(x)
+    elif NAME == "gelu":
+        d = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif NAME == "gelu_tanh":
+        s = 1 / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))  # (1 + t) / 2
+        d = s + x * (s * (1 - s)) * (1.5957691216057308 * (1 + 0.134145 * x * x))
+    elif NAME == "hardsigmoid":
+        d = tl.where((x > -3) & (x < 3), 1 / 6, 0.0)
+    elif NAME == "hardswish":
+        d = tl.where(x <= -3, 0.0, tl.where(x < 3, x * (1 / 3) + 0.5, 1.0))
+    elif NAME == "leaky_relu":
+        d = tl.where(x > 0, 1.0, p)
+    elif NAME == "log1p":
+        d = 1 / (1 + x)
+    elif NAME == "mish":
+        e = tl.exp(tl.minimum(x, 20.0, propagate_nan=tl.PropagateNan.ALL))
+        n = e * (e + 2)  # tanh(log(1 + e)) = n / (n + 2), and 1 less its square is 4 * (n + 1) / (n + 2)^2
+        d = n / (n + 2) + x * (e / (1 + e)) * (4 * (n + 1) / ((n + 2) * (n + 2)))
+        d = tl.where(x > 20, 1.0, d)
+    elif NAME == "sigmoid":
+        e = tl.exp(-tl.abs(x))
+        d = e / ((1 + e) * (1 + e))
+    elif NAME == "silu":
+        s = 1 / (1 + tl.exp(-x))
+        d = s * (1 + x * (1 - s))
+    elif NAME == "sin":
+        d = tl.cos(x)
+    elif NAME == "softplus":
+        d = tl.where(x * p > q, 1.0, 1 / (1 + tl.exp(-x * p)))
+    elif NAME == "softsign":
+        d = 1 / ((1 + tl.abs(x)) * (1 + tl.abs(x)))
+    elif NAME == "sqrt":
+        d = 0.5 / tl.sqrt_rn(x)
+    elif NAME == "square":
+        d = 2 * x
+    elif NAME == "tanh":
+        y = _tanh(x)
+        d = 1 - y * y
+    else:
+        tl.static_assert(False, "an activation without a branch")
+    return d
+
+
+@triton.jit
+def differentiate_result(y, p, q, r, NAME: tl.constexpr):
+    """The same at y, the activation's value, for those that have an ``of_result``."""
+    if NAME == "elu":
+        d = tl.where(y <= 0, (y + p * q) * r, q)
+    elif NAME == "exp":
+        d = y
+    elif NAME == "leaky_relu":
+        d = tl.where(y > 0, 1.0, p)
+    elif NAME == "sigmoid":
+        d = y * (1 - y)
+    elif NAME == "softplus":
+        d = -_expm1(-y * p)
+    elif NAME == "sqrt":
+        d = 0.5 / y
+    elif NAME == "tanh":
+        d = 1 - y * y
+    else:
+        tl.static_assert(False, "an activation without a branch")
+    return d

@@ -13,6 +13,16 @@ gradient of y:
 The last is <p * g, conv_transpose(x, w)>. That is linear in w, hence equal to <w, its own gradient>, and the
 convolution's value need not be kept. Where a is learned, g_w / a is computed, and a may be zero. A bias that is left to
 the convolution is one more weight, of an input that is one everywhere.
+
+With a ``program`` behind the scale and the shift, y = program(u) with u = a * conv_transpose(x, w) + b, there are no
+bits. The gradient of u is another program (see ``program_backward``), of g and of the smallest of these:
+
+    y                          where that tells the derivative, as behind a tanh: it is there anyway
+    nothing                    where u has no part in it, as behind a sum
+    conv_transpose(x, w)       which PyTorch's convolution has written, and the epilogue kernel has read; or
+    x and w                    where the fused kernel never writes it: it computes u once more, and the gradient from it
+
+From the gradient of u on it is as above, but that a is multiplied into w, where it is not one (``program_training``).
 """
 
 import math
@@ -36,6 +46,9 @@ from fusion_backend.kernels.epilogue_backward import epilogue_backward
 from fusion_backend.kernels.gate import Gate
 from fusion_backend.kernels.layout import is_channels_last
 from fusion_backend.kernels.problem import SMALLEST_EDGE
+from fusion_backend.kernels.program import NO_PROGRAM, Program, check_program
+from fusion_backend.kernels.program_backward import of_result
+from fusion_backend.kernels.program_training import backward, forward, takes
 from fusion_backend.kernels.support import DTYPES
 
 
@@ -51,18 +64,23 @@ def _forward(
     fused: bool,
     layout: tuple[bool | None, bool],
     plan: str | None,
+    program: Program = NO_PROGRAM,
+    learned: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_inputs(x, weight, groups, (*DTYPES, torch.float64))
     axes_for(x.dim() - 2, weight.shape[2:], *sizes)
-    compute = torch.promote_types(x.dtype, torch.float32)
+    compute = _compute(x)
     check_coefficients(int(weight.shape[1]) * groups, x.device, tensors, compute)
+    check_program(program, int(weight.shape[1]) * groups, x.device, compute)
+    if program.text and gate is not None:
+        raise ValueError(f"program is {program.text!r}, and there are bounds; allowed are bounds inside the program")
     if bias is not None and (bias.shape != (int(weight.shape[1]) * groups,) or bias.dtype != x.dtype):
         raise ValueError(
             f"bias has shape {tuple(bias.shape)} and dtype {bias.dtype}; allowed is [C_out] = "
             f"({int(weight.shape[1]) * groups},) of x's dtype, {x.dtype}"
         )
     if fused and bias is None and epilogue.runs_kernel(x):
-        ran = conv_transpose.run(x, weight, *sizes, groups, tensors, numbers, *layout, gate, plan)
+        ran = conv_transpose.run(x, weight, *sizes, groups, tensors, numbers, *layout, gate, plan, program)
         if ran is not None:
             return ran
 
@@ -70,6 +88,10 @@ def _forward(
     y = torch.convolution(x, weight, bias, stride, padding, dilation, True, output_padding, groups)
     if is_channels_last(y) is None:
         y = y.contiguous()
+    if program.text:
+        again = fused and bias is None and x.dtype in DTYPES
+        wanted = ["t0", *(f"c{column}" for column in learned)]  # at most
+        return forward(y, tensors, numbers, program, not again and takes(program.text, "v0", wanted))
     if epilogue.runs_kernel(y):
         return y, epilogue.gated_(y, tensors, numbers, gate)
     coefficients = coefficients_for(y, tensors, numbers)
@@ -106,6 +128,10 @@ def conv_transpose_training(
     channels_last: bool | None = None,
     allow_tf32: bool = True,
     plan: str | None = None,
+    program: str = "",
+    vectors: torch.Tensor | None = None,
+    tensor_0: torch.Tensor | None = None,
+    learned: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """min(max(scale * conv_transpose(x, weight, bias) + shift, lo), hi) of x's dtype, and one bit an element.
 
@@ -122,27 +148,47 @@ def conv_transpose_training(
     and ``plan`` are for it: the march on Hopper where that is None and it can write bits, or else the rule's. Else
     PyTorch does the convolution, and the epilogue kernel the rest, in place.
 
-    Differentiable with respect to x, weight, bias and the coefficients that are tensors; a bound only where it is the
-    only one. There is no second derivative. Raises ValueError or TypeError for anything else.
+    ``program``, ``vectors`` (float64 for a float64 x) and ``tensor_0`` as in ``conv_transpose``; then there are no
+    bounds beside it, and the second result is of x's dtype: the convolution's value, or [0] where that is not kept.
+
+    Differentiable with respect to x, weight, bias, tensor_0, the columns of vectors that ``learned`` names (None: all),
+    and the coefficients that are tensors, a bound only where it is the only one. There is no second derivative. Raises
+    ValueError or TypeError for anything else.
     """
     bounded = _is_bound(lo, lo_number) or _is_bound(hi, hi_number)
     gate = Gate(lo_open, hi_open, passes_nan) if bounded or not passes_nan else None
     tensors, numbers = (scale, shift, lo, hi), (scale_number, shift_number, lo_number, hi_number)
     sizes, layout = (stride, padding, output_padding, dilation), (channels_last, allow_tf32)
-    return _forward(x, weight, bias, sizes, int(groups), tensors, numbers, gate, fused, layout, plan)
+    steps, columns = Program(program, vectors, (tensor_0, None)), _columns(vectors, learned)
+    return _forward(x, weight, bias, sizes, int(groups), tensors, numbers, gate, fused, layout, plan, steps, columns)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, weight, bias, *convolution = inputs[:8]
-    scale, _, lo, hi, scale_number, _, lo_number, hi_number = inputs[8:16]
-    y, bits = output
-    ctx.convolution = convolution
-    ctx.scale_number = scale_number
+    x, weight, bias, *ctx.convolution = inputs[:8]
+    scale, shift, lo, hi, ctx.scale_number, ctx.shift_number, lo_number, hi_number = inputs[8:16]
+    ctx.allow_tf32, _, ctx.program, vectors, tensor, learned = inputs[21:27]
+    y, second = output
+    kept = second if second.numel() else None
     ctx.channels_last = bool(is_channels_last(y))
     two_bounds = _is_bound(lo, lo_number) and _is_bound(hi, hi_number)
     if two_bounds and any(bound is not None and bound.requires_grad for bound in (lo, hi)):
         raise ValueError("lo and hi are both given and one of them requires a gradient; allowed is one bound then")
-    ctx.save_for_backward(x, weight, bias, scale, bits if bits.numel() else None)
+    if not ctx.program:
+        ctx.save_for_backward(x, weight, bias, scale, kept)
+        return
+    ctx.learned = _columns(vectors, learned) if vectors is not None and vectors.requires_grad else ()
+    wanted = [f"c{column}" for column in ctx.learned]
+    wanted += ["t0"] if tensor is not None and tensor.requires_grad else []
+    if of_result(ctx.program) is not None:
+        kept = y
+    elif not takes(ctx.program, "v0", wanted):
+        kept = None
+    tensor = tensor if takes(ctx.program, "t1", wanted) else None
+    ctx.save_for_backward(x, weight, bias, scale, kept, shift, vectors, tensor)
+
+
+def _columns(vectors: torch.Tensor | None, learned: Sequence[int] | None) -> tuple[int, ...]:
+    return tuple(range(0 if vectors is None else vectors.shape[1]) if learned is None else learned)
 
 
 def _is_bound(tensor: torch.Tensor | None, number: float | None) -> bool:
@@ -155,18 +201,28 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
             "fused_post::conv_transpose_training has no second derivative, and create_graph=True asks for one; "
             "leave the model, or this part of it, uncompiled"
         )
-    x, weight, bias, scale, bits = ctx.saved_tensors
+    x, weight, bias, scale, bits = ctx.saved_tensors[:5]
     stride, padding, output_padding, dilation, groups = ctx.convolution
     needs = (*ctx.needs_input_grad, *(False,) * len(_ARGUMENTS))  # the dispatcher leaves defaults at the end out
     needs_x, needs_weight, needs_bias = needs[:3]
     needs_scale, needs_shift, needs_lo, needs_hi = needs[8:12]
 
-    # Where the scale is learned, the convolution's gradients are taken without it.
-    factor, number = (None, 1.0) if needs_scale else (scale, ctx.scale_number)
+    # Where the scale is learned, or a program stands behind it, the convolution's gradients are taken without it.
+    without = needs_scale or bool(ctx.program)
+    factor, number = (None, 1.0) if without else (scale, ctx.scale_number)
+    by = (ctx.scale_number if scale is None else scale) if without else 1.0
+    scaled = not (isinstance(by, float) and by == 1.0)
     turned = _is_faster_turned(x, weight, groups) and not ctx.channels_last
-    if bits is None and factor is None and number == 1.0:
+    grad_vectors: torch.Tensor | None = None
+    grad_tensor: torch.Tensor | None = None
+    passed: torch.Tensor | None
+    blocked: torch.Tensor | None = None
+    if ctx.program:
+        grad_conv, passed, grad_vectors, grad_tensor = backward(ctx, grad, turned, needs_shift, *needs[24:26])
+        grad_conv = _turned(grad_conv, True) if turned else grad_conv
+    elif bits is None and factor is None and number == 1.0:
         grad_conv = _turned(grad, True) if turned else grad
-        passed = grad.sum((0, *range(2, grad.dim())), dtype=torch.promote_types(grad.dtype, torch.float32))
+        passed = grad.sum((0, *range(2, grad.dim())), dtype=_compute(grad))
         blocked = torch.zeros_like(passed)
     else:
         sums = (needs_shift, needs_lo or needs_hi)
@@ -179,7 +235,7 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
     grad_bias: Any = None
     grad_scale = None
     if any(wanted):
-        used = _by_channel(weight, scale, groups) if needs_scale else weight
+        used = _by_channel(weight, by, groups) if scaled else weight
         sizes = (stride, padding, dilation, True, output_padding, groups)
         lengths = None if bias is None else bias.shape
         of_x = _turned(x, True, grad_conv) if turned else x
@@ -191,16 +247,22 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
     if needs_scale:
         product = (weight.to(scale.dtype) * grad_weight.to(scale.dtype)).unflatten(0, (groups, -1))
         grad_scale = product.sum((1, *range(3, product.dim()))).flatten()
-        grad_weight = _by_channel(grad_weight, scale, groups)
         if bias is not None:
             grad_scale = grad_scale + bias.to(scale.dtype) * grad_bias.to(scale.dtype)
-            grad_bias = (grad_bias * scale).to(bias.dtype)
+    if scaled and wanted[1]:
+        grad_weight = _by_channel(grad_weight, by, groups)
+    if scaled and wanted[2]:
+        grad_bias = (grad_bias * by).to(bias.dtype)
     return (
         grad_x if needs_x else None, grad_weight if needs_weight else None, grad_bias if needs_bias else None,
         *(None,) * 5,
         grad_scale, passed if needs_shift else None, blocked if needs_lo else None, blocked if needs_hi else None,
-        *(None,) * (len(_ARGUMENTS) - 12),
+        *(None,) * 12, grad_vectors, grad_tensor, None,
     )  # fmt: skip
+
+
+def _compute(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _is_faster_turned(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
@@ -218,8 +280,10 @@ def _turned(x: torch.Tensor, channels_last: bool, after: torch.Tensor | None = N
     return x if is_channels_last(x) is channels_last else epilogue.turned(x, after, channels_last)
 
 
-def _by_channel(weight: torch.Tensor, scale: torch.Tensor, groups: int) -> torch.Tensor:
-    """weight [C_in, C_out / groups, *kernel] times scale [C_out], in weight's dtype."""
+def _by_channel(weight: torch.Tensor, scale: torch.Tensor | float, groups: int) -> torch.Tensor:
+    """weight [C_in, C_out / groups, *kernel] times scale [C_out], or a number, in weight's dtype."""
+    if isinstance(scale, float):
+        return weight * scale
     factor = scale.view(groups, 1, -1, *(1,) * (weight.dim() - 2))
     return (weight.unflatten(0, (groups, -1)) * factor).flatten(0, 1).to(weight.dtype)
 

@@ -5,10 +5,12 @@ p is the bit of an element that the forward has written (see ``gate``), a is a n
     passed[c]  = sum of grad over the elements of channel c that pass       the gradient of b
     blocked[c] = sum of grad over those that do not                         of lo, or of hi
 
-All of it in one pass, computed in fp32, and rounded once. ``where`` and not a product: NaN and infinity in a blocked
+Where a program leads back (see ``program_backward``), grad is what it makes of the gradient and of what was kept. All
+of it in one pass, computed in fp32, and rounded once. ``where`` and not a product: NaN and infinity in a blocked
 element end there.
 
     bytes moved = (2 * itemsize + 1/8) * numel        (the partial sums are a few thousandths of that)
+                = 3 * itemsize * numel                with a program and the value that it reads
 
 A program adds up what it has read, writes that down, and one ``sum`` over these partial sums follows. No program waits
 for or adds to another, so the same input gives the same bits on every run. Memory is a matrix of which a program has
@@ -22,6 +24,7 @@ Where the first result is to be channels_last and grad is not, ``epilogue_backwa
 """
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,14 +33,29 @@ import triton.language as tl
 from torch.library import triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
 
-from fusion_backend.kernels.coefficients import check_coefficients, coefficients_for
+from fusion_backend.kernels.coefficients import check_coefficients, coefficients_for, load_coefficient
 from fusion_backend.kernels.epilogue_backward_turned import launch_turned
 from fusion_backend.kernels.gate import unpack
 from fusion_backend.kernels.launching import runs
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.matrix import Tiling, tiling_for
+from fusion_backend.kernels.program import Program, check_program, load_vectors, reads, run_back
+from fusion_backend.kernels.program import reference as run_program
 from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.support import DTYPES
+
+
+@dataclass(frozen=True)
+class Back:
+    """A program that leads back, its v0, its vectors, and its t1; these are None where it does not read them."""
+
+    text: str = ""
+    value: torch.Tensor | None = None
+    vectors: torch.Tensor | None = None
+    tensor: torch.Tensor | None = None
+
+
+NOTHING = Back()
 
 # The gradient and the sums of what passes and of what does not; None for a sum that is not asked for.
 Result = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -51,10 +69,14 @@ def reference(
     sum_passed: bool,
     sum_blocked: bool,
     to_channels_last: bool | None = None,
+    back: Back = NOTHING,
 ) -> Result:
     """The same in plain PyTorch. In float64 for a float64 grad, else in float32; grad_x is rounded once."""
     to_last = channels_last if to_channels_last is None else to_channels_last
     g = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    if back.text:
+        value = g if back.value is None else back.value.to(g.dtype)  # where it is None, nothing reads it
+        g = run_program(value, Program(back.text, back.vectors, (grad, back.tensor)))
     factor = scale.view(-1, *(1,) * (grad.dim() - 2)) if isinstance(scale, torch.Tensor) else scale
     dims = (0, *range(2, grad.dim()))
     if bits is None:
@@ -82,6 +104,9 @@ def _backward_kernel(
     grad_ptr,
     bits_ptr,
     scale_ptr,
+    value_ptr,
+    vectors_ptr,
+    tensor_ptr,
     rows,
     units,
     channels,
@@ -89,6 +114,7 @@ def _backward_kernel(
     tiles,
     scale,
     HAS_SCALE: tl.constexpr,
+    PROGRAM: tl.constexpr,
     BY_ROW: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -108,15 +134,12 @@ def _backward_kernel(
     unit = block * UNITS + lane % UNITS
     first = strip.to(tl.int64) * (ROWS * tiles)
 
-    if HAS_SCALE:
-        if scale_ptr is not None:
-            if BY_ROW:
-                channel = ((first % channels).to(tl.int32) + lane // UNITS)[:, None] % channels
-            else:
-                channel = tl.minimum((unit[:, None] * WIDTH + place) // spatial, channels - 1)
-            scale = tl.load(scale_ptr + channel)
-        else:
-            scale = tl.cast(scale, tl.float32)  # Inductor hands numbers over in float64
+    if BY_ROW:
+        channel = ((first % channels).to(tl.int32) + lane // UNITS)[:, None] % channels
+    else:
+        channel = tl.minimum((unit[:, None] * WIDTH + place) // spatial, channels - 1)
+    scale = load_coefficient(scale_ptr, scale, channel, None, None)
+    vectors = load_vectors(vectors_ptr, channel, None, None, PROGRAM)
 
     passed = tl.zeros((ROWS * UNITS, WIDTH), tl.float32)
     blocked = tl.zeros((ROWS * UNITS, WIDTH), tl.float32)
@@ -126,6 +149,9 @@ def _backward_kernel(
         offset = (row * units + unit) * WIDTH
         grad = tl.load(grad_ptr + offset[:, None] + place, mask=inside[:, None], other=0.0)
         g = grad.to(tl.float32)
+        if PROGRAM != "":
+            at = offset[:, None] + place
+            g = run_back(g, value_ptr, tensor_ptr, vectors, at, inside[:, None], PROGRAM)
         grad_x = g * scale if HAS_SCALE else g
         if bits_ptr is None:
             passed += g
@@ -164,12 +190,16 @@ def launch(
     sum_passed: bool,
     sum_blocked: bool,
     tiling: Tiling,
+    back: Back = NOTHING,
 ) -> Result:
-    """``reference`` by one kernel and a sum of its partial sums; grad is dense in the given layout, and not empty."""
+    """``reference`` by one kernel and a sum of its partial sums.
+
+    grad is dense in the given layout, as are the tensors of ``back``, and not empty.
+    """
     N, C, *sizes = grad.shape
     S = math.prod(sizes)
     if bits is None and sum_blocked:
-        grad_x, passed, _ = launch(grad, bits, scale, scale_number, channels_last, sum_passed, False, tiling)
+        grad_x, passed, _ = launch(grad, bits, scale, scale_number, channels_last, sum_passed, False, tiling, back)
         return grad_x, passed, grad.new_zeros(C, dtype=torch.float32)
 
     given = coefficients_for(grad, (scale, None, None, None), (scale_number, 0.0, None, None))
@@ -186,6 +216,9 @@ def launch(
         grad,
         bits,
         given.tensors[0],
+        back.value,
+        back.vectors,
+        back.tensor,
         tiling.rows,
         tiling.units,
         C,
@@ -193,6 +226,7 @@ def launch(
         tiling.tiles,
         given.numbers[0],
         HAS_SCALE=given.present[0],
+        PROGRAM=back.text,
         BY_ROW=tiling.by_row,
         WIDTH=tiling.width,
         ROWS=tiling.tile_rows,
@@ -206,7 +240,7 @@ def _empty_parts(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def _check(grad: torch.Tensor, bits: torch.Tensor | None, scale: torch.Tensor | None) -> None:
+def _check(grad: torch.Tensor, bits: torch.Tensor | None, scale: torch.Tensor | None, back: Back) -> None:
     if not 3 <= grad.dim() <= 5:
         raise ValueError(
             f"grad has rank {grad.dim()} (shape {tuple(grad.shape)}); allowed are ranks 3 to 5: [N, C, *spatial]"
@@ -216,6 +250,16 @@ def _check(grad: torch.Tensor, bits: torch.Tensor | None, scale: torch.Tensor | 
         raise TypeError(f"grad has dtype {grad.dtype}; allowed are {', '.join(map(str, allowed))}")
     compute = torch.promote_types(grad.dtype, torch.float32)
     check_coefficients(int(grad.shape[1]), grad.device, (scale, None, None, None), compute, "grad")
+    program = Program(back.text, back.vectors, (grad if back.text else None, back.tensor))
+    check_program(program, grad.shape[1], grad.device, compute)
+    for name, tensor in (("value", back.value), ("tensor", back.tensor)):
+        if tensor is not None and (tensor.shape != grad.shape or tensor.dtype != grad.dtype):
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}; allowed is what grad is, {grad.dtype} "
+                f"{tuple(grad.shape)}"
+            )
+    if back.value is None and reads(back.text, "v0"):
+        raise ValueError(f"program {back.text!r} reads v0, and value is None")
     if bits is None:
         return
     if bits.dtype != torch.uint8:
@@ -240,9 +284,10 @@ def _backward(
     sum_passed: bool,
     sum_blocked: bool,
     to_channels_last: bool | None,
+    back: Back = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     to_last = channels_last if to_channels_last is None else to_channels_last
-    _check(grad, bits, scale)
+    _check(grad, bits, scale, back)
     compute = torch.promote_types(grad.dtype, torch.float32)
     wanted = (sum_passed, sum_blocked)
     if grad.numel() == 0:
@@ -250,15 +295,19 @@ def _backward(
         return empty(grad.shape, grad, to_last), passed, blocked
     if runs(_backward_kernel, grad):
         grad = _laid_out(grad, channels_last)
+        value, tensor = (None if t is None else _laid_out(t, channels_last) for t in (back.value, back.tensor))
+        back = replace(back, value=value, tensor=tensor)
         if to_last and not channels_last:
-            grad_x, *sums = launch_turned(grad, bits, scale, scale_number, *wanted)
+            grad_x, *sums = launch_turned(
+                grad, bits, scale, scale_number, *wanted, back.text, back.value, back.vectors, back.tensor
+            )
         else:
             tiling = tiling_for(grad, channels_last)
-            grad_x, *sums = launch(grad, bits, scale, scale_number, channels_last, *wanted, tiling)
+            grad_x, *sums = launch(grad, bits, scale, scale_number, channels_last, *wanted, tiling, back)
             grad_x = _laid_out(grad_x, to_last)
     else:
         factor = scale if scale is not None else scale_number if scale_number != 1.0 else None
-        grad_x, *sums = reference(grad, bits, factor, channels_last, *wanted, to_last)
+        grad_x, *sums = reference(grad, bits, factor, channels_last, *wanted, to_last, back)
     passed, blocked = (grad.new_empty(0, dtype=compute) if each is None else each for each in sums)
     return grad_x, passed, blocked
 
@@ -276,6 +325,10 @@ def epilogue_backward(
     sum_passed: bool,
     sum_blocked: bool,
     to_channels_last: bool | None = None,
+    program: str = "",
+    value: torch.Tensor | None = None,
+    vectors: torch.Tensor | None = None,
+    tensor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """where(bit, scale * grad, 0), and per channel the sums of grad where the bit is set, and where it is not.
 
@@ -284,10 +337,13 @@ def epilogue_backward(
     result has too, unless ``to_channels_last`` names another for it; None: every element passes. ``scale``: a
     contiguous float32 tensor [C] on grad's device (float64 for a float64 grad) or, where that is None, the number. The
     sums are float32 [C] (float64 for float64), or [0] where they are not asked for; they are of grad as it came,
-    without the scale. Equal inputs give equal bits on every run.
+    without the scale. Equal inputs give equal bits on every run. ``program``: grad is the result of this one, of which
+    t0 is the grad that is given, v0 is ``value`` and t1 is ``tensor``, both as grad is, and ``vectors`` as in
+    ``epilogue`` (float64 for float64).
     There is no second derivative. Raises ValueError or TypeError for anything else.
     """
-    return _backward(grad, bits, scale, scale_number, channels_last, sum_passed, sum_blocked, to_channels_last)
+    back = Back(program, value, vectors, tensor)
+    return _backward(grad, bits, scale, scale_number, channels_last, sum_passed, sum_blocked, to_channels_last, back)
 
 
 def _no_second_derivative(ctx: Any, *grads: torch.Tensor | None) -> None:

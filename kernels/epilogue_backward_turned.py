@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 from fusion_backend.kernels.blocks import choose_config, tiles_for
 from fusion_backend.kernels.coefficients import coefficients_for, load_coefficient
 from fusion_backend.kernels.layout import empty
+from fusion_backend.kernels.program import load_vectors, run_back
 from fusion_backend.kernels.rounding import cdiv
 
 
@@ -27,10 +28,14 @@ def _turned_backward_kernel(
     grad_ptr,
     bits_ptr,
     scale_ptr,
+    value_ptr,
+    vectors_ptr,
+    tensor_ptr,
     channels,
     spatial,
     scale,
     HAS_SCALE: tl.constexpr,
+    PROGRAM: tl.constexpr,
     C_UNIT: tl.constexpr,
     S_UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -52,9 +57,13 @@ def _turned_backward_kernel(
     by_pixel = image * S * C + pixel * C + channel[:, None]
     grad = tl.load(grad_ptr + by_channel, mask=inside, other=0.0)
     g = grad.to(tl.float32)
+    known = tl.minimum(channel, C - 1)[:, None]
+    if PROGRAM != "":
+        vectors = load_vectors(vectors_ptr, known, None, None, PROGRAM)
+        g = run_back(g, value_ptr, tensor_ptr, vectors, by_channel, inside, PROGRAM)
     grad_x = g
     if HAS_SCALE:
-        grad_x = g * load_coefficient(scale_ptr, scale, tl.minimum(channel, C - 1)[:, None], None, None)
+        grad_x = g * load_coefficient(scale_ptr, scale, known, None, None)
     passing = inside
     if bits_ptr is not None:
         byte = tl.load(bits_ptr + (by_channel >> 3), mask=inside, other=0).to(tl.int32)
@@ -76,8 +85,12 @@ def launch_turned(
     scale_number: float,
     sum_passed: bool,
     sum_blocked: bool,
+    program: str = "",
+    value: torch.Tensor | None = None,
+    vectors: torch.Tensor | None = None,
+    tensor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """grad is contiguous and not empty; the bits, too, are in its order of memory."""
+    """grad is contiguous and not empty; the bits, value and tensor, too, are in its order of memory."""
     N, C, *sizes = grad.shape
     S = math.prod(sizes)
     config = choose_config(True, grad.numel() * grad.dtype.itemsize)
@@ -99,10 +112,14 @@ def launch_turned(
         grad,
         bits,
         given.tensors[0],
+        value,
+        vectors,
+        tensor,
         int(C) // tiles.c_unit,
         S // tiles.s_unit,
         given.numbers[0],
         HAS_SCALE=given.present[0],
+        PROGRAM=program,
         C_UNIT=tiles.c_unit,
         S_UNIT=tiles.s_unit,
         BLOCK_C=tiles.block_c,

@@ -7,7 +7,21 @@ Written as text, one instruction a value, and the last value is the result. v0 i
     add v2 t0                   v3 = v2 + t0: a tensor of the result's shape in the place of a value
     affine v3 2.0 0.5 - c0      v4 = min(max(2*v3 + 0.5, lo), hi) with hi = c0 and no lo: a normal form, "-" is none
 
-and in one line "sigmoid v0; mul v0 v1; add v2 t0; affine v3 2.0 0.5 - c0". A parameter is a number or, as c0, c1, ...,
+and in one line "sigmoid v0; mul v0 v1; add v2 t0; affine v3 2.0 0.5 - c0". Where gradients are asked for, the bounds
+of a normal form are an instruction of their own, since at a bound they differ (see ``gate``; g is the gradient):
+
+    clamp v0 0.0 1.0            v1 = min(max(v0, lo), hi), and g on a bound, 0 beyond, 0 at NaN
+    hardtanh v0 0.0 -           the same value, and 0 on a bound, 0 beyond, g at NaN: relu, relu6, hardtanh
+    minmax v0 0.0 -             the same value, and g/2 on a bound, 0 beyond, g at NaN: minimum, maximum
+    detach v0                   v0, and 0
+
+A backward is a program, too. ``program_backward`` writes it, and it has, with g as any value or tensor,
+
+    tanh_backward g v0          g times the derivative of tanh at v0; so for every activation and bound
+    tanh_backward_of_result g v1   the same from tanh's value, where that tells it
+    minimum_backward g v0 v1    what the first of the two gets: g where it is the less, g/2 where they are equal, else 0
+
+A parameter is a number or, as c0, c1, ...,
 a column of ``vectors``, float32 [C, k]: one value per channel. t0 and t1 are read where the result is written. Text
 because Inductor writes constants of a kernel out by ``repr``, and because Triton takes no text inside of tuples; a
 compiled kernel reads it by ``triton.constexpr_function``.
@@ -24,9 +38,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fusion_backend.kernels.activations import ACTIVATIONS, activate
+from fusion_backend.kernels.activations import ACTIVATIONS, activate, differentiate, differentiate_result
 from fusion_backend.kernels.coefficients import apply_coefficients, load_coefficient
 from fusion_backend.kernels.coefficients import reference as normal_form
+from fusion_backend.kernels.gate import Bound, Gate, passes, passes_gate
 from fusion_backend.kernels.layout import empty, is_channels_last
 
 BINARY: dict[str, Callable[..., torch.Tensor]] = {
@@ -39,6 +54,8 @@ BINARY: dict[str, Callable[..., torch.Tensor]] = {
 }
 Tensors = tuple[torch.Tensor | None, torch.Tensor | None]
 AFFINE = ("scale", "shift", "lo", "hi")
+BOUNDS = ("clamp", "hardtanh", "minmax")
+BACKWARD, OF_RESULT = "_backward", "_backward_of_result"
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,7 @@ class Program:
 NO_PROGRAM = Program()
 
 
-def check_program(program: Program, C: int, device: torch.device) -> None:
+def check_program(program: Program, C: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
     """Raise ValueError or TypeError where the text is not what is described above, or the rest does not fit to it.
 
     Of the tensors it is checked that they are there; see ``laid_out_as``.
@@ -81,8 +98,8 @@ def check_program(program: Program, C: int, device: torch.device) -> None:
         return
     if tuple(vectors.shape) != (C, count) or count == 0:
         raise ValueError(f"vectors has shape {tuple(vectors.shape)}; allowed for program {text!r} is {(C, count)}")
-    if vectors.dtype != torch.float32:
-        raise TypeError(f"vectors has dtype {vectors.dtype}; allowed is {torch.float32}")
+    if vectors.dtype != dtype:
+        raise TypeError(f"vectors has dtype {vectors.dtype}; allowed is {dtype}")
     if vectors.device != device:
         raise ValueError(f"vectors is on {vectors.device}; allowed is x's device, {device}")
     if not vectors.is_contiguous():
@@ -114,27 +131,44 @@ def parse(text: str) -> tuple[Instruction, ...]:
     return tuple(_parse(line, number) for number, line in enumerate(text.split("; "))) if text else ()
 
 
+def reads(text: str, value: str) -> bool:
+    return any(value in each.values for each in parse(text))
+
+
 def _parse(line: str, known: int) -> Instruction:
     """An instruction behind which ``known`` others, and so values up to v<known>, stand."""
     name, *words = line.split(" ")
-    if name in BINARY:
-        values, parameters = 2, 0
-    elif name == "affine":
-        values, parameters = 1, len(AFFINE)
-    elif name in ACTIVATIONS:
-        values, parameters = 1, len(ACTIVATIONS[name].parameters)
-    else:
-        allowed = sorted((*BINARY, "affine", *ACTIVATIONS))
+    if (counts := _counts(name)) is None:
+        allowed = sorted((*BINARY, "affine", "detach", *BOUNDS, *ACTIVATIONS))
         raise ValueError(f"program has the instruction {line!r}; allowed are {', '.join(allowed)}")
+    values, parameters = counts
+    or_tensor = values > 1 or name == "affine"
     if len(words) != values + parameters:
         raise ValueError(
             f"program has {line!r}; allowed behind {name} are {values} value(s), {parameters} parameter(s)"
         )
     return Instruction(
         name,
-        tuple(_value(line, word, known, name in BINARY) for word in words[:values]),
-        tuple(_parameter(line, word) for word in words[values:]),
+        tuple(_value(line, word, known, or_tensor) for word in words[:values]),
+        tuple(_parameter(line, word, split_name(name)[0] in ("affine", *BOUNDS)) for word in words[values:]),
     )
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """("tanh", "_backward") and the like; the second is "" for what is no step back."""
+    suffix = next((suffix for suffix in (OF_RESULT, BACKWARD) if name.endswith(suffix)), "")
+    return name.removesuffix(suffix), suffix
+
+
+def _counts(name: str) -> tuple[int, int] | None:
+    """How many values and parameters stand behind that name; None where there is no such instruction."""
+    of, suffix = split_name(name)
+    if of in ACTIVATIONS and not (suffix == OF_RESULT and ACTIVATIONS[of].of_result is None):
+        return (2 if suffix else 1), len(ACTIVATIONS[of].parameters)
+    known = {**dict.fromkeys(BINARY, (2, 0)), "affine": (1, len(AFFINE)), "detach": (1, 0)}
+    known |= {"minimum_backward": (3, 0), "maximum_backward": (3, 0)}
+    known |= {bounds + suffix: (2 if suffix else 1, 2) for bounds in BOUNDS for suffix in ("", BACKWARD)}
+    return known.get(name)
 
 
 def _value(line: str, word: str, known: int, or_tensor: bool) -> str:
@@ -146,8 +180,8 @@ def _value(line: str, word: str, known: int, or_tensor: bool) -> str:
     return word
 
 
-def _parameter(line: str, word: str) -> float | str | None:
-    if word == "-" and line.startswith("affine "):
+def _parameter(line: str, word: str, or_none: bool) -> float | str | None:
+    if word == "-" and or_none:
         return None
     if word[:1] == "c" and word[1:].isdigit():
         return word
@@ -167,14 +201,42 @@ def reference(x: torch.Tensor, program: Program) -> torch.Tensor:
     for number, each in enumerate(parse(program.text), 1):
         inputs = [values[value] for value in each.values]
         parameters = [_column(p, program, x) if isinstance(p, str) else p for p in each.parameters]
-        if each.name in BINARY:
-            y = BINARY[each.name](*inputs)
-        elif each.name == "affine":
-            y = normal_form(inputs[0], *parameters)
-        else:
-            y = ACTIVATIONS[each.name].meaning(*inputs, *(_spread(p, x) for p in parameters))
-        values[f"v{number}"] = y
+        y = values[f"v{number}"] = _step(each.name, inputs, parameters)
     return y
+
+
+def _step(name: str, inputs: list[torch.Tensor], parameters: list[torch.Tensor | float | None]) -> torch.Tensor:
+    x = inputs[0]
+    of, suffix = split_name(name)
+    if name in BINARY:
+        return BINARY[name](*inputs)
+    if name == "affine":
+        return normal_form(x, *parameters)
+    if name in BOUNDS:
+        return normal_form(x, None, None, *parameters)
+    if name == "detach":
+        return x
+    if of in ("minimum", "maximum"):
+        _, a, b = inputs
+        passed = torch.where(a == b, x * 0.5, x)
+        return torch.where(a > b if of == "minimum" else a < b, 0.0, passed)
+    spread = [_spread(p, x) for p in parameters]
+    if of in BOUNDS:
+        return _through_bounds(of, *inputs, *spread)
+    row = ACTIVATIONS[of]
+    if not suffix:
+        return row.meaning(x, *spread)
+    slope = (row.of_result if suffix == OF_RESULT else row.derivative)(inputs[1], *spread)  # type: ignore[misc]
+    return torch.where(slope == 0, 0.0, x * slope) if row.blocks else x * slope
+
+
+def _through_bounds(kind: str, g: torch.Tensor, x: torch.Tensor, lo: Bound, hi: Bound) -> torch.Tensor:
+    opened = kind == "hardtanh"
+    passed = torch.where(passes(x, lo, hi, Gate(opened, opened, kind != "clamp")), g, 0.0)
+    if kind == "minmax":
+        for bound in (lo, hi):
+            passed = passed if bound is None else torch.where(x == bound, 0.5 * passed, passed)
+    return passed
 
 
 def _column(name: str, program: Program, x: torch.Tensor) -> torch.Tensor:
@@ -222,6 +284,21 @@ def _number(word):
     return float(word)
 
 
+@triton.constexpr_function
+def _of(name):
+    return name.removesuffix("_of_result").removesuffix("_backward")
+
+
+@triton.constexpr_function
+def _is_backward(name):
+    return name.endswith(("_backward", "_backward_of_result"))
+
+
+@triton.constexpr_function
+def _is_of_result(name):
+    return name.endswith("_of_result")
+
+
 @triton.jit
 def append(values, value):
     return values + (value,)  # noqa: RUF005 Triton has no stars
@@ -252,6 +329,18 @@ def load_tensors(tensor_0_ptr, tensor_1_ptr, offset, exists, PROGRAM: tl.constex
 
 
 @triton.jit
+def run_back(g, value_ptr, tensor_ptr, vectors, offset, inside, PROGRAM: tl.constexpr):
+    """A program that is a backward, from a tile of the gradient; zero where there is none, which sums count on."""
+    value = g
+    if value_ptr is not None:
+        value = tl.load(value_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    tensors = (g,)
+    if tensors_of(PROGRAM) > 1:
+        tensors = append(tensors, tl.load(tensor_ptr + offset, mask=inside, other=0.0).to(tl.float32))
+    return tl.where(inside, apply_program(value, vectors, tensors, PROGRAM), 0.0)
+
+
+@triton.jit
 def _value_of(values, tensors, WORD: tl.constexpr):
     if WORD[0] == "t":
         value = tensors[_index(WORD)]
@@ -272,6 +361,38 @@ def _parameter_of(vectors, WORD: tl.constexpr):
 
 
 @triton.jit
+def _run_backward(g, values, vectors, tensors, PROGRAM: tl.constexpr, INSTRUCTION: tl.constexpr):
+    NAME: tl.constexpr = _of(_word(PROGRAM, INSTRUCTION, 0))
+    THIRD: tl.constexpr = _word(PROGRAM, INSTRUCTION, 3)
+    FOURTH: tl.constexpr = _word(PROGRAM, INSTRUCTION, 4)
+    FIFTH: tl.constexpr = _word(PROGRAM, INSTRUCTION, 5)
+    x = _value_of(values, tensors, _word(PROGRAM, INSTRUCTION, 2))
+    if NAME == "minimum" or NAME == "maximum":
+        other = _value_of(values, tensors, THIRD)
+        beyond = x > other if NAME == "minimum" else x < other
+        y = tl.where(beyond, 0.0, tl.where(x == other, 0.5 * g, g))
+    else:
+        p = _parameter_of(vectors, THIRD)
+        q = _parameter_of(vectors, FOURTH)
+        r = _parameter_of(vectors, FIFTH)
+        if NAME == "clamp" or NAME == "hardtanh" or NAME == "minmax":
+            OPEN: tl.constexpr = NAME == "hardtanh"
+            y = tl.where(passes_gate(x, p, q, THIRD != "-", FOURTH != "-", OPEN, OPEN, NAME != "clamp"), g, 0.0)
+            if NAME == "minmax" and THIRD != "-":
+                y = tl.where(x == p, 0.5 * y, y)
+            if NAME == "minmax" and FOURTH != "-":
+                y = tl.where(x == q, 0.5 * y, y)
+        elif _is_of_result(_word(PROGRAM, INSTRUCTION, 0)):
+            y = g * differentiate_result(x, p, q, r, NAME)
+        else:
+            slope = differentiate(x, p, q, r, NAME)
+            y = g * slope
+            if NAME == "hardsigmoid" or NAME == "hardswish":  # as the rows that block
+                y = tl.where(slope == 0, 0.0, y)
+    return y
+
+
+@triton.jit
 def _run(values, vectors, tensors, PROGRAM: tl.constexpr, INSTRUCTION: tl.constexpr):
     NAME: tl.constexpr = _word(PROGRAM, INSTRUCTION, 0)
     SECOND: tl.constexpr = _word(PROGRAM, INSTRUCTION, 2)
@@ -288,6 +409,10 @@ def _run(values, vectors, tensors, PROGRAM: tl.constexpr, INSTRUCTION: tl.conste
         y = tl.minimum(x, _value_of(values, tensors, SECOND), propagate_nan=tl.PropagateNan.ALL)
     elif NAME == "maximum":
         y = tl.maximum(x, _value_of(values, tensors, SECOND), propagate_nan=tl.PropagateNan.ALL)
+    elif NAME == "detach":
+        y = x
+    elif _is_backward(NAME):
+        y = _run_backward(x, values, vectors, tensors, PROGRAM, INSTRUCTION)
     else:
         THIRD: tl.constexpr = _word(PROGRAM, INSTRUCTION, 3)
         FOURTH: tl.constexpr = _word(PROGRAM, INSTRUCTION, 4)
@@ -298,6 +423,8 @@ def _run(values, vectors, tensors, PROGRAM: tl.constexpr, INSTRUCTION: tl.conste
         if NAME == "affine":
             hi = _parameter_of(vectors, FIFTH)
             y = apply_coefficients(x, p, q, r, hi, SECOND != "-", THIRD != "-", FOURTH != "-", FIFTH != "-")
+        elif NAME == "clamp" or NAME == "hardtanh" or NAME == "minmax":
+            y = apply_coefficients(x, 0.0, 0.0, p, q, False, False, SECOND != "-", THIRD != "-")
         else:
             y = activate(x, p, q, r, NAME)
     return y

@@ -13,7 +13,8 @@ value: at most two for a site.
 An affine or clamp operation is folded into the normal form that made its input, whoever else reads that: its value
 depends on the input of that form alone. What nobody reads is left out in the end.
 
-Nothing is read where a gradient flows: there a normal form is all that a backward knows.
+Where a gradient flows, the program begins at the first bound of the first run, since a bound is an instruction of its
+own there: its gradient is (see ``gradient``), and a normal form has none of its bounds'. ``detach`` is one, too.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import fx
 
 from fusion_backend.patterns import algebra
 from fusion_backend.patterns import coefficient as co
-from fusion_backend.patterns.algebra import LARGEST, NormalForm, Refusal, Scale, Step
+from fusion_backend.patterns.algebra import LARGEST, Clamp, NormalForm, Refusal, Scale, Step
 from fusion_backend.patterns.barrier import is_barrier
 from fusion_backend.patterns.coefficient import Coefficient
 from fusion_backend.patterns.convolution import Convolution, Input
@@ -40,8 +41,14 @@ from fusion_backend.patterns.vocabulary import Call, read_call, word
 # Of a program. Longer ones take minutes to compile, and registers that there are not.
 MOST_VALUES = 64
 
+# The same where a gradient flows: its backward has three times as many. And of tensors it reads one more, the gradient.
+MOST_TRAINED = 20
+
 MOST_TENSORS = 2
 BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/", "minimum": "min", "maximum": "max"}
+
+# How the kernels call a bound, by what it does to a gradient.
+BOUNDS = {"passes": "clamp", "blocks": "hardtanh", "halves": "minmax"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Instruction:
     """v<i+1> = ``name``(values of these numbers, parameters), as the i-th of a program.
 
     ``name``        an activation, an operation of ``BINARY``, or "affine": then the parameters are scale, shift, lo and
-                    hi of a normal form
+                    hi of a normal form; where a gradient flows also "detach", or one of ``BOUNDS`` with lo and hi
     ``values``      -1 and -2 are the program's tensors
     ``parameters``  each a coefficient, or None where a normal form has none
     """
@@ -61,6 +68,9 @@ class Instruction:
     def text(self, tensors: tuple[fx.Node, ...], first: str = "y") -> str:
         """How a report prints it; v0 is ``first``."""
         x = [label(tensors[-1 - value]) if value < 0 else f"v{value}" if value else first for value in self.values]
+        if self.name in BOUNDS.values():
+            form = [n if c is None else c for c, n in zip(self.parameters, (-math.inf, math.inf), strict=True)]
+            return NormalForm(1.0, 0.0, *form).text(x[0])
         if self.name == "affine":
             numbers = (1.0, 0.0, -math.inf, math.inf)
             form = [n if c is None else c for c, n in zip(self.parameters, numbers, strict=True)]
@@ -95,9 +105,14 @@ def text_of(instructions: tuple[Instruction, ...], tensors: tuple[fx.Node, ...] 
     return "; ".join(f"v{i} = {each.text(tensors, first)}" for i, each in enumerate(instructions, 1))
 
 
-def read_program(convolution: Convolution, names: list[fx.Node], last: fx.Node) -> Program | None:
-    """What comes behind ``last``, at which the value has these ``names``; None where that is nothing."""
-    walk = _Walk(convolution, names, last)
+def read_program(
+    convolution: Convolution, names: list[fx.Node], last: fx.Node, before: Sequence[Step] | None = None
+) -> Program | None:
+    """What comes behind ``last``, at which the value has these ``names``; None where that is nothing.
+
+    ``before``: where a gradient flows, the steps up to ``last`` that are to be its first.
+    """
+    walk = _Walk(convolution, names, last, before)
     end = walk.down()
     if not walk.closed:
         return None
@@ -138,17 +153,29 @@ class _Value:
 class _Walk:
     """``nodes`` have been read; each of the nodes in ``number`` names a value, and lies in the memory ``memory``."""
 
-    def __init__(self, convolution: Convolution | Input, names: list[fx.Node], last: fx.Node):
+    def __init__(
+        self,
+        convolution: Convolution | Input,
+        names: list[fx.Node],
+        last: fx.Node,
+        before: Sequence[Step] | None = None,
+    ):
         self.convolution = convolution
         self.last = last
+        self.trains = before is not None
         self.nodes: list[fx.Node] = []
         self.tensors: list[fx.Node] = []
         self.values = [_Value(0)]
-        self.number = dict.fromkeys(names, 0)
-        self.memory = dict.fromkeys(names, 0)
+        first = self._one_by_one(0, before or ())
+        start = 0 if isinstance(first, str) else first.base
+        self.refused = first if isinstance(first, str) else None
+        self.number = dict.fromkeys(names, start)
+        self.memory = dict.fromkeys(names, start)
         self.closed: list[tuple[int, int, tuple[fx.Node, ...]]] = []  # nodes read, the value, its names
 
     def down(self) -> Miss:
+        if self.refused is not None:
+            return Miss(self.refused, self.last, word(self.last))
         node = self.last.next
         while node.op != "output":
             read = any(name in self.number for name in node.all_input_nodes)
@@ -203,8 +230,9 @@ class _Walk:
         call = read_call(node)
         if call is None:
             return Miss("no step of a tail", node, word(node))
-        if len(self.values) > MOST_VALUES:
-            return Miss(f"it is behind {MOST_VALUES} others, and a kernel holds no more", node, word(node))
+        most = MOST_TRAINED if self.trains else MOST_VALUES
+        if len(self.values) > most:
+            return Miss(f"it is behind {most} others, and a kernel holds no more", node, word(node))
         places = [name for name, each in call.arguments.items() if isinstance(each, fx.Node) and each in self.number]
         if {call.arguments[place] for place in places} != {n for n in node.all_input_nodes if n in self.number}:
             return Miss("no step of a tail", node, word(node))
@@ -213,8 +241,10 @@ class _Walk:
         before, after = self.convolution.value, value_of(node)
         if not is_tensor(after) or after.dtype != before.dtype or not same_shape(after.shape, before.shape):
             return Miss("its result differs from the convolution's in shape or dtype", node, word(node))
-        if needs_gradient(after):
+        if needs_gradient(after) and not self.trains:
             return Miss("a gradient flows through it", node, word(node))
+        if self.trains and call.in_place and self._has_other_names(call.arguments["input"]):
+            return Miss("it writes to what is detached as well", node, word(node))
         made = self._made(call, places)
         if isinstance(made, str):
             return Miss(made, node, word(node))
@@ -224,6 +254,8 @@ class _Walk:
     def _made(self, call: Call, places: list[str]) -> _Value | str:
         """The value that ``call`` makes, or why it is no step."""
         inputs = [self.number[call.arguments[place]] for place in places]
+        if call.operation == "detach" and self.trains:
+            return _made_by("detach", inputs[0])
         if call.operation in ("detach", "clone"):
             return _Value(inputs[0])
         if len(places) == 2 and call.operation in (*BINARY, "rsub"):
@@ -274,8 +306,10 @@ class _Walk:
             return "alpha beside a tensor of the result's shape"
         if tensor not in self.tensors:
             self.tensors.append(tensor)
-        if len(self.tensors) > MOST_TENSORS:
-            return f"it is the third tensor of the result's shape, and {MOST_TENSORS} are read at most"
+        most = MOST_TENSORS - 1 if self.trains else MOST_TENSORS
+        if len(self.tensors) > most:
+            nth = "second" if self.trains else "third"
+            return f"it is the {nth} tensor of the result's shape, and {most} are read at most"
         y = -1 - self.tensors.index(tensor)
         if call.operation == "rsub":
             value_first = not value_first
@@ -313,6 +347,8 @@ class _Walk:
 
     def _folded(self, x: int, steps: list[Step]) -> _Value | str:
         """``steps`` behind the form that made x; where algebra refuses these together, behind x itself."""
+        if self.trains:
+            return self._one_by_one(x, steps)
         made = self.values[x]
         single = is_single(self.convolution.value)
         together = algebra.fold(steps, single, made.form) if made.instruction is None else None
@@ -321,10 +357,42 @@ class _Walk:
         alone = algebra.fold(steps, single)
         return alone.reason if isinstance(alone, Refusal) else _Value(x, alone)
 
+    def _one_by_one(self, x: int, steps: Sequence[Step]) -> _Value | str:
+        """``steps`` behind x, of which each bound is an instruction; the value is another name of the last."""
+        single = is_single(self.convolution.value)
+        for step in (algebra.rounded(step, single) for step in steps):
+            x = self._plain(x)
+            made = self.values[x]
+            value: _Value | str
+            if isinstance(step, Clamp):
+                value = _bounded(x, step)
+            else:
+                together = algebra.apply(made.form, step, single) if made.instruction is None else None
+                alone = algebra.apply(IDENTITY, step, single)
+                if isinstance(together, NormalForm):
+                    value = _Value(made.base, together)
+                else:
+                    value = alone.reason if isinstance(alone, Refusal) else _Value(x, alone)
+            if isinstance(value, str):
+                return value
+            self.values.append(value)
+            x = len(self.values) - 1
+        return _Value(x)
+
+    def _has_other_names(self, name: fx.Node) -> bool:
+        """Whether its memory has names that are another value: those behind a detach."""
+        return any(
+            memory == self.memory[name] and self._plain(self.number[other]) != self._plain(self.number[name])
+            for other, memory in self.memory.items()
+        )
+
     def _name(self, node: fx.Node, call: Call, made: _Value) -> None:
         source: Any = call.arguments.get("input")
-        if call.operation == "detach":
+        if call.operation == "detach" and not self.trains:
             self.number[node], self.memory[node] = self.number[source], self.memory[source]
+        elif call.operation == "detach":
+            self.values.append(made)
+            self.number[node], self.memory[node] = len(self.values) - 1, self.memory[source]
         else:
             self.values.append(made)
             new = len(self.values) - 1
@@ -332,10 +400,22 @@ class _Walk:
             renamed = [name for name in self.number if call.in_place and self.memory[name] == self.memory[node]]
             self.number.update(dict.fromkeys([*renamed, node], new))
         self.nodes.append(node)
-        names = tuple(name for name in self.number if self.memory[name] == self.memory[node])
+        here = (self.number[node], self.memory[node])  # what is detached is another value in the same memory
+        names = tuple(name for name in self.number if (self.number[name], self.memory[name]) == here)
         others = [name for name in self.number if name not in names]
+        if self.trains and not needs_gradient(value_of(node)):
+            return
         if all(user in self.number for name in others for user in name.users):
             self.closed.append((len(self.nodes), self.number[node], names))
+
+
+def _bounded(x: int, clamp: Clamp) -> _Value | str:
+    bounds = [None if c == none else c for c, none in ((clamp.lo, -math.inf), (clamp.hi, math.inf))]
+    if any(isinstance(c, float) and not math.isfinite(c) for c in bounds):
+        return "its bounds are not finite in float32"
+    if any(leaf.learned for leaf in co.leaves(*(c for c in bounds if c is not None))):
+        return "a learned bound"
+    return _Value(0, instruction=Instruction(BOUNDS[clamp.gradient], (x,), tuple(bounds)))
 
 
 def _made_by(name: str, *values: int) -> _Value:

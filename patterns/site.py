@@ -12,13 +12,14 @@ such as the gradient's, ends the tail before it: the rewrite moves the tail's op
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
 from fusion_backend.patterns import algebra, gradient
-from fusion_backend.patterns.algebra import NormalForm, Refusal, Shift, Step
+from fusion_backend.patterns.algebra import Clamp, NormalForm, Refusal, Shift, Step
 from fusion_backend.patterns.barrier import is_barrier
 from fusion_backend.patterns.convolution import Convolution, read_convolution
 from fusion_backend.patterns.gradient import Gate
@@ -42,9 +43,10 @@ class Site:
     ``biased``  the same from the convolution's value without its bias; equal to ``form`` where it has none
     ``gate``    where the gradient passes; None where no gradient flows through the site
     ``end``     why the tail goes no further
-    ``program`` what is done to the tail's result behind it, by steps of other kinds; None where that is nothing, and
-                where a gradient flows
-    ``prologue`` what is done to the convolution's input before it; None as for ``program``
+    ``program`` what is done to the tail's result behind it, by steps of other kinds; None where that is nothing. Where
+                a gradient flows it begins at the tail's first bound
+    ``prologue`` what is done to the convolution's input before it; None where that is nothing, and where a gradient
+                flows
     """
 
     convolution: Convolution
@@ -68,7 +70,12 @@ class Site:
         """The site with the nodes of its program in the tail, for what replaces all of them."""
         if self.program is None:
             return self
-        return replace(self, tail=(*self.tail, *self.program.nodes), aliases=self.program.aliases)
+        whole = replace(self, tail=(*self.tail, *self.program.nodes), aliases=self.program.aliases)
+        if self.gate is None:
+            return whole
+        steps = _before_bounds(self.steps)
+        form, biased = _forms(_bias(self.convolution), steps, is_single(self.convolution.value))
+        return replace(whole, steps=tuple(steps), form=form, biased=biased, gate=Gate())
 
     @property
     def is_shorter_folded(self) -> bool:
@@ -109,8 +116,8 @@ def find_sites(module: fx.GraphModule) -> Iterator[Site | Miss]:
 def match(node: fx.Node, bare: bool = False) -> Site | Miss:
     """The site that starts at ``node``, or why there is none.
 
-    ``bare``: a convolution with neither bias nor tail is one too, unless a gradient flows through it. There is nothing
-    to fold in it, but another convolution may be faster.
+    ``bare``: a convolution with neither bias nor tail is one too, unless a gradient flows through it and there is no
+    program. There is nothing to fold in it, but another convolution may be faster.
     """
     convolution = read_convolution(node)
     if convolution is None:
@@ -120,18 +127,28 @@ def match(node: fx.Node, bare: bool = False) -> Site | Miss:
     walk = _Walk(convolution)
     end = walk.down()
     bias = _bias(convolution)
-    if not walk.tail and bias is None and (walk.trains or not bare):
+    bounds = walk.steps[len(_before_bounds(walk.steps)) :] if walk.trains else None
+    program = read_program(convolution, walk.names, walk.last, bounds)
+    if not walk.tail and bias is None and not (bare and (program or not walk.trains)):
         return end
-    form, biased = algebra.fold(walk.steps, walk.single), algebra.fold([*(bias or ()), *walk.steps], walk.single)
-    if isinstance(form, Refusal) or isinstance(biased, Refusal):
-        raise AssertionError(f"{walk.steps} were folded one by one, but not together")
+    form, biased = _forms(bias, walk.steps, walk.single)
     gate = walk.gate if walk.trains else None
-    program = None if walk.trains else read_program(convolution, walk.names, walk.last)
     before = None if walk.trains else read_prologue(convolution)
     return Site(
         convolution, tuple(walk.tail), tuple(walk.names), tuple(walk.steps), form, biased, gate, end, program,
         before if isinstance(before, Prologue) else None,
     )  # fmt: skip
+
+
+def _forms(bias: list[Step] | None, steps: Sequence[Step], single: bool) -> tuple[NormalForm, NormalForm]:
+    form, biased = algebra.fold(steps, single), algebra.fold([*(bias or ()), *steps], single)
+    if isinstance(form, Refusal) or isinstance(biased, Refusal):
+        raise AssertionError(f"{steps} were folded one by one, but not together")
+    return form, biased
+
+
+def _before_bounds(steps: Sequence[Step]) -> list[Step]:
+    return list(itertools.takewhile(lambda step: not isinstance(step, Clamp), steps))
 
 
 class _Walk:

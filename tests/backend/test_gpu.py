@@ -271,7 +271,7 @@ def test_a_training_step_has_eagers_gradients_and_keeps_one_bit_an_element(
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_training_with_the_fused_kernel_takes_the_march_on_hopper(launches: dict[str, int], last: bool) -> None:
-    """For the first site; the second one's weight does not fit, the third has no bounds."""
+    """For the first site; the second one's weight does not fit, the third has a program, and no bits."""
     model, x = setting(torch.float32, last)
     gradients = []
     for run in (model, torch.compile(model, backend=fused_post, options=FUSED | {"fused_post.strict": False})):

@@ -106,6 +106,27 @@ def test_a_lone_relu_is_judged_by_its_like(known: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("tail", "measured"),
+    [(torch.tanh, "bias_tanh"), (F.gelu, "bias_gelu"), (lambda y: F.silu(F.relu6(y)), "bias_silu")],
+)
+def test_a_program_is_judged_by_its_like(known: list[dict[str, Any]], tail: Any, measured: str) -> None:
+    """Where that speaks against it, what stands before it is judged as if there were none."""
+    known.extend(row({"fused": 0.5}, tail=other) for other in ("seed", "bias_relu"))
+    (before,) = explain(Up(tail), X).sites
+    assert ";" not in before.equation
+    known.append(row({"epilogue": 1.2, "fused": 0.8}, {"fused": 0, "epilogue": 160, "peer": 160}, measured))
+    (site,) = explain(Up(tail), X).sites
+    assert (site.kernel, site.equation.count("; v")) == ("fused", 2 - (measured != "bias_silu"))
+    assert "1.25 times the speed of Inductor in training" in site.reason
+    assert ("its result tells the gradient" in site.reason) == (measured == "bias_tanh")
+    known[-1]["plans"] = {"fused": 1.2}
+    assert explain(Up(tail), X).sites == (before,)
+    known[-1]["plans"] = {"folded": 0.5}
+    known[-1]["kept"]["folded"] = 160
+    assert explain(Up(tail), X).sites == (before,)
+
+
+@pytest.mark.parametrize(
     ("model", "reason"),
     [(Up(lambda y: y * 2 + 1), "the tail has no bounds"), (Up().requires_grad_(False), "no kernel of ours is taken")],
 )

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from fusion_backend.kernels import epilogue
+from fusion_backend.kernels import epilogue, epilogue_backward
 from fusion_backend.kernels.activations import ACTIVATIONS
+from fusion_backend.kernels.epilogue_backward import Back
 from fusion_backend.kernels.program import Program
 from tests.kernels.activations import line, parameters_of
 from tests.kernels.implementations import every
@@ -27,6 +28,8 @@ EAGER: dict[str, Any] = {
     "softplus": F.softplus,
     "softsign": F.softsign,
 }
+
+BACKWARD = interpreted(epilogue_backward)
 
 # Also -0.0, what underflows, both sides of each threshold, and where exp overflows.
 SPECIAL = (
@@ -57,15 +60,83 @@ def test_the_meaning_is_eagers(name: str) -> None:
             )
 
 
+def slope(name: str, x: torch.Tensor, parameters: tuple[float, ...]) -> torch.Tensor:
+    """Eager's, one by one: where the CPU takes several at a time, it treats a NaN otherwise."""
+    eager = EAGER.get(name, ACTIVATIONS[name].meaning)
+    leaves = [each.detach().requires_grad_() for each in x.flatten()]
+    return torch.stack(torch.autograd.grad([eager(each, *parameters) for each in leaves], leaves)).view_as(x)
+
+
 @every_activation
 def test_the_derivative_is_autograds(name: str) -> None:
+    """At NaN too; where eager's is itself NaN at a number, what is there does not count."""
     for parameters in parameters_of(name):
         x = values().double().flatten()
-        x = x[x.isfinite() & (x.abs() < 1e4)].requires_grad_()
-        eager = EAGER.get(name, ACTIVATIONS[name].meaning)
-        (expected,) = torch.autograd.grad(eager(x, *parameters).sum(), x)
-        derivative = ACTIVATIONS[name].derivative(x.detach(), *parameters)
+        x = x[(x.abs() < 1e4) | x.isnan()]
+        expected = slope(name, x, parameters)
+        derivative = ACTIVATIONS[name].derivative(x, *parameters)
         torch.testing.assert_close(derivative, expected, equal_nan=True, rtol=1e-7, atol=1e-9)  # eager's 1/6 is a float
+
+
+@pytest.mark.parametrize("name", [name for name, row in ACTIVATIONS.items() if row.of_result])
+def test_a_result_that_tells_the_derivative_tells_it(name: str) -> None:
+    row = ACTIVATIONS[name]
+    assert row.of_result is not None
+    for parameters in parameters_of(name):
+        x = values().double().flatten()
+        x = x[(x.abs() < 30) & ~row.derivative(x, *parameters).isnan()]
+        told = row.of_result(row.meaning(x, *parameters), *parameters)
+        right = torch.isclose(told, row.derivative(x, *parameters), rtol=1e-6, atol=1e-6)
+        assert right.all() or not row.tells(*parameters)
+    assert any(row.tells(*parameters) for parameters in parameters_of(name))
+
+
+def test_parameters_for_which_a_result_does_not_tell() -> None:
+    assert not ACTIVATIONS["leaky_relu"].tells(0.0) and not ACTIVATIONS["leaky_relu"].tells(-0.1)
+    assert not ACTIVATIONS["elu"].tells(-1.0, 1.0, 1.0) and not ACTIVATIONS["softplus"].tells(1.0, 5.0)
+
+
+def back_in_interpreter(grad: torch.Tensor, value: torch.Tensor, program: str) -> torch.Tensor:
+    return BACKWARD._backward(grad, None, None, 1.0, False, False, False, None, Back(program, value))[0]
+
+
+def back_on_gpu(grad: torch.Tensor, value: torch.Tensor, program: str) -> torch.Tensor:
+    rest = {"program": program, "value": value.cuda()}
+    return torch.ops.fused_post.epilogue_backward(grad.cuda(), None, None, 1.0, False, False, False, **rest)[0].cpu()
+
+
+@every(interpreter=back_in_interpreter, gpu=back_on_gpu)
+@every_activation
+def test_the_kernels_derivative_has_the_accuracy_of_eager(name: str, run: Any) -> None:
+    """Element by element, at x and, where that tells it, at y; corners and NaN are eager's."""
+    row = ACTIVATIONS[name]
+    for parameters in parameters_of(name):
+        x, words = values(), "".join(f" {p}" for p in parameters)
+        exact, eager = (slope(name, each, parameters).double() for each in (x.double(), x))
+        moderate = x.abs() < 1e4
+        backs = [(x, f"{name}_backward t0 v0{words}", moderate | x.isnan())]
+        if row.of_result is not None and row.tells(*parameters):
+            backs.append((row.meaning(x, *parameters), f"{name}_backward_of_result t0 v0{words}", moderate))
+        for value, program, known in backs:
+            slopes = run(torch.ones_like(x), value, program).double()
+            expected = exact.float().double()  # which may overflow
+            torch.testing.assert_close(slopes[known], expected[known], equal_nan=True, rtol=5e-5, atol=5e-6)
+            known = known & expected.isfinite()
+            units = exact.abs().clamp(min=1)
+            ours, theirs = (((each - exact) / units)[known].square().mean().sqrt() for each in (slopes, eager))
+            assert ours <= 2 * theirs + 1e-6
+
+
+@every(interpreter=back_in_interpreter, gpu=back_on_gpu)
+def test_a_gradient_that_is_not_finite_ends_where_eagers_does(run: Any) -> None:
+    x = torch.tensor([-4.0, -3.0, 0.5, 3.0, 4.0]).view(1, 1, 5)
+    for name in ("hardsigmoid", "hardswish"):
+        for g in (math.inf, math.nan):
+            grad = torch.full_like(x, g)
+            leaf = x.clone().requires_grad_()
+            (expected,) = torch.autograd.grad(ACTIVATIONS[name].meaning(leaf), leaf, grad)
+            result = run(grad, x, f"{name}_backward t0 v0")
+            torch.testing.assert_close(result, expected, equal_nan=True)
 
 
 def in_interpreter(x: torch.Tensor, program: str, vectors: torch.Tensor | None = None) -> torch.Tensor:

@@ -12,8 +12,12 @@ import torch
 pytest.importorskip("triton")
 
 from fusion_backend.kernels import conv_transpose, epilogue, row_march, strips
+from fusion_backend.kernels import epilogue_backward as backward
+from fusion_backend.kernels import epilogue_backward_turned as turned
 from fusion_backend.kernels.activations import ACTIVATIONS
 from fusion_backend.kernels.coefficients import coefficients_for
+from fusion_backend.kernels.epilogue_backward import Back
+from fusion_backend.kernels.matrix import tiling_for
 from fusion_backend.kernels.plans import choose_plan
 from fusion_backend.kernels.problem import problem_for
 from fusion_backend.kernels.program import NO_PROGRAM, Program
@@ -92,6 +96,65 @@ def test_a_march_without_room_for_tensors_gives_way() -> None:
     assert all(plan.is_march and has_room(problem, plan.config, i) for i, plan in enumerate(plans))
     with on_chip("sm_89"), mock.patch.object(strips, "has_room", return_value=False):
         assert not conv_transpose._plan(problem, x, None, 1).is_march
+
+
+BACKS = {
+    "silu, scale": "affine v0 - c0 - -; affine t0 2.0 - - -; silu_backward v2 v1",
+    "residual": "add v0 t1; hardswish v1; mul t0 v2; mul t0 v1; hardswish_backward v4 v1; add v3 v5",
+}
+PLACES = ["contiguous", "channels_last", "turned"]
+
+
+def back_launch(place: str, chip: str, text: str, dtype: torch.dtype = torch.bfloat16) -> Launch:
+    with on_chip(chip):
+        grad = SEED.fakes(dtype, False, place == "channels_last")[2]
+        vectors = torch.empty(64, 1, device="cuda") if " c0" in text else None
+        value, tensor = torch.empty_like(grad), torch.empty_like(grad) if " t1" in text else None
+        if place == "turned":
+            run = lambda: turned.launch_turned(grad, None, None, 1.0, True, False, text, value, vectors, tensor)  # noqa: E731
+            (launch,) = record_launches(turned, run)
+        else:
+            last = place == "channels_last"
+            rest = (last, True, False, tiling_for(grad, last), Back(text, value, vectors, tensor))
+            (launch,) = record_launches(backward, lambda: backward.launch(grad, None, None, 1.0, *rest))
+    return launch
+
+
+@pytest.mark.parametrize("chip", ["sm_89", "sm_90"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_way_back_has_no_spills_and_whole_vectors(place: str, chip: str) -> None:
+    compiled = compile_launch(back_launch(place, chip, BACKS["residual"]), CHIPS[chip])
+    assert not compiled.spills, f"{compiled.registers} registers"
+    assert compiled.loads[128] >= 3 and max(compiled.stores) == 128
+
+
+@pytest.mark.parametrize("kernel", ["general", "march"])
+def test_the_way_back_rides_in_the_convolution(kernel: str) -> None:
+    compiled = compile_launch(launch_of(kernel, "sm_90", BACKS["silu, scale"]), CHIPS["sm_90"])
+    assert compiled.shared <= CHIPS["sm_90"].shared_limit
+    # The march holds a tile of the gradient beside its accumulators.
+    assert compiled.spills <= (160 if kernel == "march" else 0)
+
+
+@pytest.mark.parametrize("chip", ["sm_89", "gfx942"])
+def test_every_derivative_compiles(chip: str) -> None:
+    """All of them in one program, which has more in registers than there are."""
+    told = {name for name, row in ACTIVATIONS.items() if row.of_result}
+    names = [f"{name}_backward" for name in ACTIVATIONS] + [f"{name}_backward_of_result" for name in told]
+    lines = []
+    for number, name in enumerate(names):
+        g = f"v{number}" if number else "t0"
+        lines.append(line(name, parameters_of(name.partition("_backward")[0])[0]).replace("v0", f"{g} v0"))
+    assert compile_launch(back_launch("channels_last", chip, "; ".join(lines)), CHIPS[chip]).registers
+
+
+@pytest.mark.parametrize("place", ["turned"])
+def test_inductors_copy_of_a_way_back_compiles_to_the_same(place: str, tmp_path: Path) -> None:
+    launch = back_launch(place, "sm_90", BACKS["residual"])
+    ours, theirs = written_out_again(launch, tmp_path)
+    assert replace(theirs, assembly="") == replace(ours, assembly="")
+    assert Counter(operations(theirs)) == Counter(operations(ours))
+    assert written_to(launch) == ["grad_x_ptr", "passed_ptr"]
 
 
 @pytest.mark.parametrize("chip", ["sm_89", "gfx942"])

@@ -281,19 +281,24 @@ def test_opcheck(channels_last: bool, device: str) -> None:
             )
 
 
+@pytest.mark.parametrize("program", ["", "tanh v0", "silu v0"])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_gpu_gets_one_kernel_forward_and_one_backward(channels_last: bool, fused: bool) -> None:
-    """Without the march on Hopper, beside PyTorch's convolutions, at the seed's shape; a contiguous x is turned."""
+def test_a_gpu_gets_one_kernel_forward_and_one_backward(channels_last: bool, fused: bool, program: str) -> None:
+    """Without the march on Hopper, beside PyTorch's convolutions, at the seed's shape; a contiguous x is turned.
+
+    Behind a silu the fused kernel is the backward's, too, and what it writes is turned behind it.
+    """
 
     def step() -> None:
         x, weight = torch.empty(128, 64, 128, 128, device="cuda"), torch.empty(64, 64, 3, 3, device="cuda")
         x = x.to(memory_format=torch.channels_last) if channels_last else x
-        coefficients = (None, torch.empty(64, device="cuda"), None, None, 1.0, 0.0, 0.0, 0.5)
+        bounds = (None, None) if program else (0.0, 0.5)
+        coefficients = (None, torch.empty(64, device="cuda"), None, None, 1.0, 0.0, *bounds)
         inputs = (x, weight, None, [2], [1], [1], [1], 1, *coefficients)
-        flags = (False, False, False, fused, channels_last, True)
+        flags = (False, False, bool(program), fused, channels_last, True, None, program, None, None, None)
         y, bits = kernels.conv_transpose_training._init_fn(*inputs, *flags)
-        assert bits.shape == (y.numel() // 8,)
+        assert bits.numel() == ((0 if fused or "tanh" in program else y.numel()) if program else y.numel() // 8)
         ctx = SimpleNamespace(needs_input_grad=[True, True, False, *[False] * 6, True])
         ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
         kernels._save(ctx, (*inputs, *flags), (y, bits))
@@ -311,6 +316,8 @@ def test_a_gpu_gets_one_kernel_forward_and_one_backward(channels_last: bool, fus
         step()
     names = sorted(launch.kernel.fn.__name__ for launch in launches)
     backward = ["_backward_kernel"] if channels_last else ["_transpose_kernel", "_turned_backward_kernel"]
+    if program == "silu v0" and fused:
+        backward = ["_row_march_kernel"] if channels_last else ["_row_march_kernel", *["_transpose_kernel"] * 2]
     assert names == sorted(["_row_march_kernel" if fused else "_flat_kernel", *backward])
 
 

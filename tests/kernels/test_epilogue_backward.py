@@ -1,5 +1,6 @@
 """One body for every implementation: the operator on the CPU, the kernel in the interpreter, the kernel on a GPU."""
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -17,9 +18,12 @@ from fusion_backend.kernels import epilogue_backward as kernels
 from fusion_backend.kernels import epilogue_backward_turned as turned
 from fusion_backend.kernels import matrix
 from fusion_backend.kernels.blocks import ENOUGH_PROGRAMS
+from fusion_backend.kernels.epilogue_backward import NOTHING, Back
 from fusion_backend.kernels.gate import pack, unpack
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.matrix import CONFIGS, Config, tiling_for
+from fusion_backend.kernels.program import Program
+from fusion_backend.kernels.program import reference as run_program
 from fusion_backend.kernels.rounding import cdiv
 from tests.kernels.compiling import CHIPS, compile_launch, on_chip, record_launches
 from tests.kernels.implementations import DTYPES, Value, every, every_device
@@ -46,14 +50,16 @@ class Implementation:
         sum_passed: bool = True,
         sum_blocked: bool = True,
         to_last: bool | None = None,
+        back: Back = NOTHING,
     ) -> Results:
         number = scale if isinstance(scale, float) else 1.0
         tensor = scale if isinstance(scale, torch.Tensor) else None
         rest = (tensor, number, channels_last, sum_passed, sum_blocked, to_last)
         if self.twin is None:
-            return torch.ops.fused_post.epilogue_backward(grad, bits, *rest)
+            given = (back.text, back.value, back.vectors, back.tensor)
+            return torch.ops.fused_post.epilogue_backward(grad, bits, *rest, *given)
         with mock.patch.object(turned, "_turned_backward_kernel", TURNED._turned_backward_kernel):
-            return self.twin._backward(grad, bits, *rest)
+            return self.twin._backward(grad, bits, *rest, back)
 
     def launch(self, grad: torch.Tensor, bits: torch.Tensor, channels_last: bool, config: Config) -> Results:
         module = self.twin or kernels
@@ -157,6 +163,59 @@ def test_every_argument_can_be_missing(run: Implementation, channels_last: bool,
             for ours, theirs, is_wanted in zip(some[1:], all_sums[1:], wanted, strict=True):
                 assert torch.equal(ours, theirs) if is_wanted else ours.shape == (0,)
                 assert ours.dtype == torch.float32
+
+
+BACKS = {
+    "by the result": "tanh_backward_of_result t0 v0",
+    "where nothing is, it is no number": "sqrt_backward_of_result t0 v0",
+    "by channel": "affine v0 c0 c1 - -; mul v1 v0; silu_backward t0 v2; affine v3 c0 - - -",
+    "with a tensor": "add v0 t1; clamp_backward t0 v1 -0.5 c0; mul v2 t1; minimum_backward v3 v0 t1",
+    "without a value": "mul t0 t1",
+}
+
+
+@every_implementation
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("to_last", [False, True], ids=["to contiguous", "to channels_last"])
+@pytest.mark.parametrize("name", BACKS)
+def test_a_program_leads_back(run: Implementation, name: str, to_last: bool, channels_last: bool) -> None:
+    """In any size, and added up as what it gives is."""
+    text = BACKS[name]
+    for shape in ((2, 3, 5, 7), (2, 24, 13), (3, 4, 300), (1, 70, 4, 4, 8)):
+        for dtype in (torch.float32, torch.bfloat16):
+            grad, value, tensor = (
+                laid_out(random(shape, dtype, run.device, seed), channels_last) for seed in (1, 2, 3)
+            )
+            vectors = random((shape[1], 2), torch.float32, run.device, 4)
+            vectors = vectors[:, :1].contiguous() if " c1" not in text else vectors
+            back = Back(
+                text,
+                value if " v0" in text else None,
+                vectors if " c" in text else None,
+                tensor if " t1" in text else None,
+            )
+            given = Program(text, None if back.vectors is None else vectors.double(), (grad.double(), back.tensor))
+            expected = run_program(value.double(), given)
+            everything = torch.ones(shape, dtype=torch.bool, device=run.device)
+            grad_x, passed, blocked = run(grad, None, None, channels_last, True, True, to_last, back)
+            assert_close = functools.partial(torch.testing.assert_close, equal_nan=True, check_stride=False)
+            assert_close(grad_x.double(), expected, rtol=1e-5 + torch.finfo(dtype).eps, atol=2e-6)
+            assert is_laid_out(grad_x, to_last)
+            sums = exact(expected, everything, None)[1]
+            assert_close(passed.double(), sums, rtol=1e-5, atol=2e-6 * grad.numel() ** 0.5)
+            assert not blocked.any()
+
+
+@every_implementation
+def test_a_program_in_strides_of_its_own(run: Implementation) -> None:
+    dense = random((3, 8, 6, 10), torch.float32, run.device)
+    grad, value, tensor = dense[:, ::2], laid_out(dense, True)[:, 4:], dense[:1, :4].expand(3, 4, 6, 10)
+    text = "mul v0 t1; silu_backward t0 v1"
+    for channels_last in (False, True):
+        grad_x, *_ = run(grad, None, 2.0, channels_last, False, False, None, Back(text, value, None, tensor))
+        expected = 2 * run_program(value.double(), Program(text, None, (grad.double(), tensor.double())))
+        torch.testing.assert_close(grad_x.double(), expected, rtol=1e-5, atol=1e-6, check_stride=False)
 
 
 @every_kernel
@@ -322,11 +381,27 @@ def test_mistakes_are_named(
         torch.ops.fused_post.epilogue_backward(grad, bits, scale, 1.0, False, True, True)
 
 
+@pytest.mark.parametrize(
+    ("back", "message"),
+    [
+        (Back("tanh_backward t0 v0"), "reads v0, and value is None"),
+        (Back("tanh_backward t0 v0", GRAD[:1]), r"value is torch.float32 \(1, 3, 4, 4\); allowed is what grad is"),
+        (Back("mul t0 t1"), r"names \['t0', 't1'\], given are \['t0'\]"),
+        (Back("", None, None, GRAD), "given are"),
+        (Back("swoosh_backward t0 v0", GRAD), "allowed are abs"),
+        (Back("gelu_backward_of_result t0 v0", GRAD), "allowed are abs"),
+    ],
+)
+def test_mistakes_in_a_program_are_named(back: Back, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ON_CPU(GRAD, None, back=back)
+
+
 def test_the_operator_has_the_agreed_schema() -> None:
     assert str(torch.ops.fused_post.epilogue_backward.default._schema) == (
         "fused_post::epilogue_backward(Tensor grad, Tensor? bits, Tensor? scale, float scale_number, "
-        "bool channels_last, bool sum_passed, bool sum_blocked, bool? to_channels_last=None) "
-        "-> (Tensor, Tensor, Tensor)"
+        'bool channels_last, bool sum_passed, bool sum_blocked, bool? to_channels_last=None, str program="", '
+        "Tensor? value=None, Tensor? vectors=None, Tensor? tensor=None) -> (Tensor, Tensor, Tensor)"
     )
 
 

@@ -42,6 +42,9 @@ PROGRAMS = {
     "bounds by channel": "silu v0; affine v1 - c1 c0 c2; tanh v2",
     "26: + t, x * hardswish(x)": "add v0 t0; hardswish v1; mul v1 v2",
     "residual, mask": "sub v0 t1; mul t0 v1; affine v2 c0 - 1.0 -; div t1 v3; minimum v2 t0; maximum v4 v5",
+    "back through 26": "hardswish v0; mul t0 v1; mul t0 v0; hardswish_backward v3 v0; add v2 v4",
+    "back through bounds": "clamp v0 -0.5 c0; gelu v1; hardtanh_backward t0 v2 - 0.4; gelu_backward v3 v1; "
+    "minmax_backward v4 v1 c0 -; minimum_backward v5 v0 t1; clamp_backward v6 v0 -0.5 c0",
     "all that two values do": "sigmoid v0; sub v0 v1; minimum v2 v0; maximum v3 v1; exp v1; div v4 v5",
 }
 
@@ -74,7 +77,7 @@ def test_reading_a_program() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("swoosh v0", "program has the instruction 'swoosh v0'; allowed are abs, add, affine, div, elu,"),
+        ("swoosh v0", "program has the instruction 'swoosh v0'; allowed are abs, add, affine, clamp, detach, div,"),
         ("tanh", "program has 'tanh'; allowed behind tanh are 1 value(s), 0 parameter(s)"),
         ("tanh v0 1.0", "program has 'tanh v0 1.0'; allowed behind tanh are 1 value(s), 0 parameter(s)"),
         ("leaky_relu v0", "allowed behind leaky_relu are 1 value(s), 1 parameter(s)"),

@@ -293,15 +293,99 @@ def test_where_the_tail_ends(tail: Tail, steps: str | None, reason: str) -> None
     torch.testing.assert_close(results, expected[0] if isinstance(expected, tuple) else expected, equal_nan=True)
 
 
-def test_nothing_is_read_where_a_gradient_flows() -> None:
-    model, x = Model(lambda m, y: torch.tanh(y + m.b)), torch.randn(2, 4, 5, 7)
-    (site,) = find_sites(dynamo(model, x))
-    assert isinstance(site, Site) and site.program is None and len(site.tail) == 1
+class Learned(Model):
+    def __init__(self, tail: Tail, bias: bool = True):
+        super().__init__(tail, bias)
+        self.gain = nn.Parameter(torch.rand(6, 1, 1))
+        self.slope = nn.Parameter(torch.rand(6))
+
+
+# What a training step reads: the first form with the convolution's bias, the program, and why it ends.
+TRAINED = {
+    "tanh": (lambda m, y: torch.tanh(y + m.b) * 2, "x + conv.bias[c] + b[c]", "v1 = tanh(y); v2 = 2*v1", "leaves"),
+    "bounds, each by itself": (
+        lambda m, y: F.gelu(F.relu6(y * 2).clamp(max=3) + 1),
+        "2*x + 2*conv.bias[c]",
+        "v1 = min(max(y, 0), 6); v2 = min(v1, 3); v3 = v2 + 1; v4 = gelu(v3)",
+        "leaves",
+    ),
+    "a bound that halves": (
+        lambda m, y: F.gelu(torch.min(y + 0.5, torch.tensor(0.0))),
+        "x + conv.bias[c] + 0.5",
+        "v1 = min(y, 0); v2 = gelu(v1)",
+        "leaves",
+    ),
+    "affine steps are one": (
+        lambda m, y: (torch.tanh(y) * 2 + 1) / 4 - m.b,
+        "x + conv.bias[c]",
+        "v1 = tanh(y); v2 = 0.5*v1 - b[c] + 0.25",
+        "leaves",
+    ),
+    "learned ones": (
+        lambda m, y: F.prelu(F.silu(y) * m.gain, m.slope),
+        "x + conv.bias[c]",
+        "v1 = silu(y); v2 = gain[c]*v1; v3 = leaky_relu(v2, slope[c])",
+        "leaves",
+    ),
+    "the original kept": (
+        original_kept,
+        "x + conv.bias[c]",
+        "v1 = detach(y); v2 = y + b[c]; v3 = v2 + v1; v4 = v3*v1; v5 = v4 + v1",
+        "leaves",
+    ),
+    "a residual": (lambda m, y: (y + m.full) * F.hardswish(y), "x + conv.bias[c]",
+                   "v1 = y + full; v2 = hardswish(y); v3 = v1*v2", "leaves"),
+    "a second tensor": (lambda m, y: (y + m.full) * m.mask, "x + conv.bias[c]", "v1 = y + full", "it is the second"),
+    "a learned bound": (
+        lambda m, y: torch.maximum(torch.tanh(y), m.gain), "x + conv.bias[c]", "v1 = tanh(y)", "a learned bound",
+    ),
+    "a name that is detached": (
+        lambda m, y: detached_and_written(y), "x + conv.bias[c]", "v1 = tanh(y)", "writes to what is detached as well",
+    ),
+    "what ends in a detach": (
+        lambda m, y: torch.tanh(y).detach(), "x + conv.bias[c]", "v1 = tanh(y)", "the value leaves",
+    ),
+    "bounds alone are no program": (
+        lambda m, y: F.relu6(y + m.b), "min(max(x + conv.bias[c] + b[c], 0), 6)", "None", "",
+    ),
+}  # fmt: skip
+
+
+def detached_and_written(y: Tensor) -> Tensor:
+    """In eager the detached name sees what is written."""
+    z = torch.tanh(y)
+    other = z.detach()
+    z.mul_(2)
+    return z + other
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_is_read_where_a_gradient_flows(name: str) -> None:
+    tail, form, program, end = TRAINED[name]
+    gm = dynamo(Learned(tail), torch.randn(2, 4, 5, 7))
+    (site,) = (match(node, bare=True) for node in find_convolutions(gm))
+    assert isinstance(site, Site) and site.gate is not None
+    assert (str(site.whole.biased), str(site.program)) == (f"y = {form}", program)
+    assert end in (site.program or site).end.reason
+
+
+def test_where_the_program_alone_learns_it_ends() -> None:
     learned = Model(lambda m, y: torch.sigmoid(y) * m.learned).requires_grad_(False)
     learned.learned = nn.Parameter(torch.rand(6, 1, 1))
-    (site,) = find_sites(dynamo(learned, x))
+    (site,) = find_sites(dynamo(learned, torch.randn(2, 4, 5, 7)))
     assert isinstance(site, Site) and str(site.program) == "v1 = sigmoid(y)"
     assert "a gradient flows through it" in site.program.end.reason
+
+
+def test_a_long_program_in_training_is_cut_short() -> None:
+    def tail(m: Any, y: Tensor) -> Tensor:
+        for _ in range(30):
+            y = torch.sin(y)
+        return y
+
+    (site,) = find_sites(dynamo(Model(tail), torch.randn(2, 4, 5, 7)))
+    assert isinstance(site, Site) and len(site.program.instructions) == 20
+    assert "it is behind 20 others" in site.program.end.reason
 
 
 def test_folding_leaves_the_steps_as_they_are_written() -> None:
