@@ -5,7 +5,8 @@
 The walk goes down the graph node by node and numbers the values that it makes. Unlike in the first run of affine and
 clamp operations a value may have several users here, as in x*sigmoid(x), provided that all of them are in the tail: it
 ends at the last value of which that is true. Names are as in ``site``: an operation in place renames what its memory
-holds, ``detach`` names it once more, and what writes to other memory, or may, ends the tail before it.
+holds, ``detach`` and a reshape to the same shape name it once more, and what writes to other memory, or may, ends the
+tail before it.
 
 A tensor of the convolution's shape, dtype and strides, a residual or a mask, may stand in the place of the other
 value: at most two for a site.
@@ -14,7 +15,8 @@ An affine or clamp operation is folded into the normal form that made its input,
 depends on the input of that form alone. What nobody reads is left out in the end.
 
 Where a gradient flows, the program begins at the first bound of the first run, since a bound is an instruction of its
-own there: its gradient is (see ``gradient``), and a normal form has none of its bounds'. ``detach`` is one, too.
+own there: its gradient is (see ``gradient``), and a normal form has none of its bounds'. ``detach`` is one, too, but ends the tail
+where it is in place.
 """
 
 from __future__ import annotations
@@ -255,8 +257,8 @@ class _Walk:
         """The value that ``call`` makes, or why it is no step."""
         inputs = [self.number[call.arguments[place]] for place in places]
         if call.operation == "detach" and self.trains:
-            return _made_by("detach", inputs[0])
-        if call.operation in ("detach", "clone"):
+            return "it detaches in place" if call.in_place else _made_by("detach", inputs[0])
+        if call.operation in ("detach", "reshape", "clone"):
             return _Value(inputs[0])
         if len(places) == 2 and call.operation in (*BINARY, "rsub"):
             return self._binary(call)
@@ -388,7 +390,7 @@ class _Walk:
 
     def _name(self, node: fx.Node, call: Call, made: _Value) -> None:
         source: Any = call.arguments.get("input")
-        if call.operation == "detach" and not self.trains:
+        if call.operation == "reshape" or (call.operation == "detach" and not self.trains):
             self.number[node], self.memory[node] = self.number[source], self.memory[source]
         elif call.operation == "detach":
             self.values.append(made)

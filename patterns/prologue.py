@@ -134,7 +134,7 @@ def _is_new(node: fx.Node) -> bool:
     """Whether its value lies in memory of its own, which no other node has a name for but through this one."""
     call = read_call(node)
     if call is not None:
-        return not call.in_place and call.operation != "detach"
+        return not call.in_place and call.operation not in ("detach", "reshape")
     if isinstance(read_convolution(node), Convolution):
         return True
     return node.target in FUNCTIONS or aten_name(node.target) in OPERATORS

@@ -24,7 +24,7 @@ from fusion_backend.patterns.vocabulary import Call
 def read_steps(call: Call, names: list[fx.Node], convolution: Convolution | Input) -> list[Step] | str:
     """The steps of ``call`` on the value that ``names`` name, or why it cannot be folded."""
     arguments = call.arguments
-    if call.row.activation or call.operation in ("detach", "clone"):
+    if call.row.activation or call.operation in ("detach", "reshape", "clone"):
         return "not an affine or clamp operation"
     if call.operation == "batch_norm":
         return _batch_norm(arguments, names, convolution)

@@ -54,6 +54,9 @@ OPERATIONS = (
     *ACTIVATIONS,
 )  # fmt: skip
 
+# To the shape that it has: another name of its input, as detach is, but the gradient flows on.
+_RESHAPED = Operation("reshape", ("input",), ())
+
 
 @dataclass(frozen=True)
 class Call:
@@ -76,7 +79,7 @@ class Call:
 def read_call(node: fx.Node) -> Call | None:
     """The canonical call that ``node`` is, or None where the vocabulary does not know it."""
     if _is_reshaped_to_itself(node):
-        return Call(node, _BY_NAME["detach"], {"input": node.args[0]})
+        return Call(node, _RESHAPED, {"input": node.args[0]})
     if node.op == "call_module":
         return _read_module(node)
     row, in_place, is_aten = _find(node)
@@ -104,7 +107,7 @@ def word(node: fx.Node) -> str:
 
 
 def _is_reshaped_to_itself(node: fx.Node) -> bool:
-    """Whether it is another name of its input, as detach is: DAC's activation flattens what is flat."""
+    """Whether it is another name of its input: DAC's activation flattens what is flat."""
     name = str(node.target) if node.op == "call_method" else aten_name(node.target)
     if name not in ("reshape", "view") and node.target is not torch.reshape:
         return False

@@ -84,6 +84,11 @@ def in_place(m: Any, y: Tensor) -> Tensor:
     return F.silu(y.tanh_()).mul_(2)
 
 
+def dac(m: Any, y: Tensor) -> Tensor:
+    z = y.reshape(*y.shape[:2], -1, *y.shape[3:])
+    return (z + torch.sin(m.gain * z) ** 2 / m.gain).reshape(y.shape)
+
+
 TAILS: dict[str, Callable[..., Tensor]] = {
     "tanh": lambda m, y: torch.tanh(y - m.b),
     "leaky_relu": lambda m, y: F.leaky_relu((y + m.b) * 2, 0.2),
@@ -97,6 +102,7 @@ TAILS: dict[str, Callable[..., Tensor]] = {
     "prelu of one": lambda m, y: F.prelu(F.relu6(y), m.one) + m.gain + m.b,
     "snake": lambda m, y: y + torch.sin(m.gain * y) ** 2 / m.gain,
     "in place": in_place,
+    "reshaped": dac,
 }
 every_tail = pytest.mark.parametrize("name", TAILS)
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)

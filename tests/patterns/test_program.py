@@ -342,6 +342,13 @@ TRAINED = {
     "a name that is detached": (
         lambda m, y: detached_and_written(y), "x + conv.bias[c]", "v1 = tanh(y)", "writes to what is detached as well",
     ),
+    "a name by a reshape": (
+        lambda m, y: torch.sin(torch.tanh(y).reshape(y.shape)), "x + conv.bias[c]", "v1 = tanh(y); v2 = sin(v1)",
+        "leaves",
+    ),
+    "a detach in place": (
+        lambda m, y: detached_in_place(y), "x + conv.bias[c]", "v1 = tanh(y)", "its value is also read",
+    ),
     "what ends in a detach": (
         lambda m, y: torch.tanh(y).detach(), "x + conv.bias[c]", "v1 = tanh(y)", "the value leaves",
     ),
@@ -356,6 +363,13 @@ def detached_and_written(y: Tensor) -> Tensor:
     z = torch.tanh(y)
     other = z.detach()
     z.mul_(2)
+    return z + other
+
+
+def detached_in_place(y: Tensor) -> Tensor:
+    z = torch.tanh(y)
+    other = z * 2
+    other.detach_()
     return z + other
 
 
