@@ -17,8 +17,9 @@ Max-autotune is without CUDA graphs, as all are. "fused_post epilogue" has PyTor
 "fused_post fused" has the fused kernel write them, where it can; on a GPU "fused_post inductor" keeps none. What
 Inductor tunes, it tunes while other rows are prepared. The data go to benchmarks/results as JSON after every row.
 
-"programs" are two of these shapes behind activations: tails of which the result tells the gradient (tanh, leaky_relu),
-and such of which it does not (gelu, silu); there "fused_post fused" computes the convolution once more in the backward.
+"programs" are two of these shapes behind activations: a tail of which the result tells the gradient (tanh), and such
+of which it does not (gelu, silu, and leaky_relu, whose result leaves the graph); there "fused_post fused" computes the
+convolution once more in the backward.
 "sweep" is the same sites with a quarter of the batch, and with half the sizes: ``auto`` judges a site that is not among
 the measured ones by the two most like it (``python -m benchmarks.evidence``).
 """

@@ -52,7 +52,8 @@ In fp32 whatever the dtype is, rounded once at the end of the tail. A parameter 
 and `prelu` may also be one value per channel. The derivative is eager's, at corners and at NaN, too. Where it is a
 function of the result y, as behind a sigmoid, and the activation is the whole tail but for the affine steps before it,
 y is all that is kept for the backward (for `elu` where its parameters are positive, for `leaky_relu` where the slope is
-a positive number, and for `softplus` where the threshold is 16 or more).
+a positive number, and for `softplus` where the threshold is 16 or more). Not where y leaves the graph of an activation
+of which eager keeps x, as of these three: you may write to y then.
 
 | step | formula | derivative | spellings |
 |---|---|---|---|

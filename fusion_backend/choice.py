@@ -30,7 +30,7 @@ from fusion_backend.patterns.coefficient import is_infinite, leaves
 from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import needs_gradient, value_of
-from fusion_backend.program_text import written
+from fusion_backend.program_text import trained, written
 from fusion_backend.surroundings import Surroundings, is_stored, saves_a_pass
 
 UNKNOWN_LAYOUT = "which layout Inductor gives the convolutions beside it cannot be told"
@@ -164,8 +164,7 @@ def _kind(site: Site) -> str:
     """Which measured steps a site with a program is like."""
     from fusion_backend.kernels.program_backward import of_result  # which needs triton
 
-    assert site.program is not None
-    text, _ = written(site.program.instructions)
+    text, _ = written(trained(site))
     return training.PROGRAM if of_result(text) is None else training.RESULT
 
 

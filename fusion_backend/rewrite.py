@@ -26,7 +26,7 @@ from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.program import Instruction
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import is_tensor, value_of
-from fusion_backend.program_text import written
+from fusion_backend.program_text import trained, written
 
 
 def fold(site: Site) -> bool:
@@ -155,7 +155,8 @@ def _programs(site: Site) -> dict[str, Any]:
     """
     given: dict[str, Any] = {}
     if site.program is not None:
-        text, vectors, columns = _program(site, site.program.instructions, site.convolution.value.shape[1])
+        instructions = site.program.instructions if site.gate is None else trained(site)
+        text, vectors, columns = _program(site, instructions, site.convolution.value.shape[1])
         tensors = {f"tensor_{i}": tensor for i, tensor in enumerate(site.program.tensors)}
         given |= {"program": text, "vectors": vectors, **tensors}
         if site.gate is not None:

@@ -38,7 +38,7 @@ RELU, BOUNDS, RESULT, PROGRAM = "relu", "bounds", "result", "program"
 KINDS = {
     "bias_relu": RELU,
     "bias_tanh": RESULT,
-    "bias_leaky_relu": RESULT,
+    "bias_leaky_relu": PROGRAM,  # its result leaves the graph, and may be written to
     "bias_gelu": PROGRAM,
     "bias_silu": PROGRAM,
     "mish_hardtanh": PROGRAM,

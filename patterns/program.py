@@ -15,8 +15,8 @@ An affine or clamp operation is folded into the normal form that made its input,
 depends on the input of that form alone. What nobody reads is left out in the end.
 
 Where a gradient flows, the program begins at the first bound of the first run, since a bound is an instruction of its
-own there: its gradient is (see ``gradient``), and a normal form has none of its bounds'. ``detach`` is one, too, but ends the tail
-where it is in place.
+own there: its gradient is (see ``gradient``), and a normal form has none of its bounds'. ``detach`` is one, too, but
+ends the tail where it is in place.
 """
 
 from __future__ import annotations

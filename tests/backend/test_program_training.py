@@ -221,6 +221,8 @@ def test_what_is_kept(without_codegen: None, name: str, value: bool) -> None:
     [
         ("tanh", "fused", ["y"]),
         ("tanh", "epilogue", ["y"]),
+        ("leaky_relu", "fused", []),
+        ("leaky_relu", "epilogue", ["v"]),
         ("clamps, gelu", "fused", []),
         ("clamps, gelu", "epilogue", ["v"]),
         ("prelu", "fused", []),
@@ -345,6 +347,40 @@ def test_one_compiled_module_serves_every_mode(without_codegen: None) -> None:
                 torch.testing.assert_close(forward(x), model(x))
 
 
+WRITTEN: dict[str, Callable[..., Tensor]] = {
+    "leaky_relu": lambda m, y: F.leaky_relu(y + m.b, 0.2),
+    "a view": lambda m, y: F.elu(y).flatten(1),
+    "one in place, copied": lambda m, y: F.leaky_relu(y, 0.2, inplace=True).clone(),
+    "a copy": lambda m, y: torch.tanh(y) * 1,
+}
+
+
+@every_kernel
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_result_may_be_written_to_before_the_backward(without_codegen: None, name: str, kernel: str) -> None:
+    """Where eager keeps another tensor than the one that leaves."""
+    model, x = Model(WRITTEN[name]), torch.randn(2, 4, 5, 4)
+
+    def written(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x: forward(x).mul_(2)
+
+    forward = compiled(model, kernel)
+    (site,) = explain(forward, x).sites
+    assert site.kernel == kernel and "; v1 = " in site.equation
+    torch.testing.assert_close(step(written(forward), model, x), step(written(model), model, x))
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_result_that_stays_in_the_graph_is_all_that_is_kept(without_codegen: None, leaves: bool) -> None:
+    def tail(m: Any, y: Tensor) -> Tensor:
+        y = F.leaky_relu(y, 0.2)
+        return y if leaves else F.avg_pool2d(y, 2)
+
+    model, x = Model(tail), torch.randn(2, 4, 5, 4)
+    (site,) = explain(compiled(model, "epilogue"), x).sites
+    assert ("its result tells the gradient" in site.reason) is not leaves
+
+
 def test_sizes_that_vary(without_codegen: None) -> None:
     model = Model(TAILS["prelu"])
     forward = compiled(model, "fused", dynamic=True)
@@ -395,7 +431,7 @@ def test_on_a_gpu(name: str, kernel: str, dtype: torch.dtype, last: bool) -> Non
     ours, codes = run_and_get_code(step, forward, model, x)
     assert not any("torch.ops.fused_post" in code for code in codes)
     of_results_size = [t for t in kept(forward, model, x) if t.numel() == ours[0].numel()]
-    assert len(of_results_size) == (kernel == "epilogue" and name not in ("tanh", "leaky_relu"))
+    assert len(of_results_size) == (kernel == "epilogue" and name != "tanh")
     eager = step(model, model, x)
     # Where ours takes TF32 and cuDNN, which may too, takes none, its rounding is the measure.
     tf32 = in_float64(round_to_tf32) if dtype == torch.float32 else eager
