@@ -24,8 +24,8 @@ _WRITING_OPERATORS = {
 }
 # They update running statistics or a table, and their schemas do not say so.
 _STATEFUL = ("batch_norm", "instance_norm", "embedding", "moving_avg", "rrelu", "fused_")
-# In place, but harmless: the gradient's books, not the values.
-_BOOKKEEPING = ("detach_", "requires_grad_")
+# In place, but harmless: the gradient's books, not the values. Not so ``detach_``: who reads behind it has no gradient.
+_BOOKKEEPING = ("requires_grad_",)
 _METHODS_WITH_EFFECTS = ("backward", "retain_grad", "register_hook", "record_stream", "set_")
 _PURE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,

@@ -381,6 +381,19 @@ def test_a_result_that_stays_in_the_graph_is_all_that_is_kept(without_codegen: N
     assert ("its result tells the gradient" in site.reason) is not leaves
 
 
+@every_kernel
+@pytest.mark.parametrize("tail", [torch.sin, F.relu6], ids=["program", "bits"])
+def test_what_is_detached_in_place_later_has_its_gradient(without_codegen: None, tail: Any, kernel: str) -> None:
+    def detached(m: Any, y: Tensor) -> Tensor:
+        shift = m.b * 1
+        y = y + shift
+        shift.detach_()
+        return tail(y) + shift
+
+    model, x = Model(detached), torch.randn(2, 4, 5, 4)
+    torch.testing.assert_close(step(compiled(model, kernel), model, x), step(model, model, x))
+
+
 def test_sizes_that_vary(without_codegen: None) -> None:
     model = Model(TAILS["prelu"])
     forward = compiled(model, "fused", dynamic=True)
