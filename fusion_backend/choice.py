@@ -123,7 +123,7 @@ def _auto(site: Site, options: Options, around: Surroundings, problem: str | Non
     packed = f"{found.packed_bytes / 1024:.0f} KiB for the packed weight"
     layout = ", in channels_last like the convolutions beside it" if relayout else ""
     behind = "" if program else ", and a pass of Inductor's behind it"
-    prologue = not relayout and _takes_prologue(site, found.plan)
+    prologue = not relayout and _takes_prologue(site if program else replace(site, program=None), found.plan)
     if prologue:
         behind += ", with the steps before it"
     why = f"{faster}, by {found.plan}{layout}{behind}; {packed}"
@@ -293,9 +293,11 @@ def problem_of(site: Site, relayout: bool = False) -> tuple[Problem, tuple[int, 
     if relayout:
         problem = replace(problem, x_last=True, out_last=True)
     spans = (cdiv(axis.output_size(size), axis.stride) for axis, size in zip(axes, shape[2:], strict=True))
-    hopper = problem.hopper and not (site.program and site.program.tensors)  # which that march does not take
-    prologue = site.prologue is not None
-    return replace(problem, positions=shape[0] * math.prod(spans), hopper=hopper, prologue=prologue), shape
+    problem = replace(problem, positions=shape[0] * math.prod(spans), prologue=site.prologue is not None)
+    if site.program is not None:
+        _, columns = written(site.program.instructions)
+        problem = replace(problem, tensors=len(site.program.tensors), columns=len(columns))
+    return problem, shape
 
 
 def taken(site: Site, kernel: str | None, relayout: bool = False, program: bool = True, prologue: bool = False) -> Site:

@@ -18,9 +18,8 @@ program, so that stores are contiguous and x is read less often, comes in two wa
 Groups are separate products. Where one has too few channels for the tensor cores (depthwise), the same kernel
 multiplies and adds one channel at a time in fp32 instead: there TF32 does not apply, and the memory is the limit.
 
-The weight is packed for each call as [groups, C_out / groups, taps, C_in / groups] by plain torch operations, which
-compilers fold where the weight is constant. Beyond its edge x counts as zero, so a weight that is not finite makes NaN
-there.
+The weight is packed for each call as [groups, C_out / groups, taps, C_in / groups] (see ``packing``). Beyond its edge x
+counts as zero, so a weight that is not finite makes NaN there.
 """
 
 import math

@@ -25,7 +25,7 @@ launch fails, the operator says so once and goes on with ``conv_transpose``'s ot
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -248,6 +248,9 @@ def _call(
     if reason is None:
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
         config = _config(problem, plan)
+        if config is None:
+            log.debug("not for the march on Hopper: %r is for an x of another layout", plan)
+            return None
         march = march_for(problem, x.shape, config, processors, bits=bits)
         reason = why_not_shape(problem, x.shape, march)
         if reason is None and bits:
@@ -260,11 +263,16 @@ def _call(
     return Call((x.shape[0], problem.C_out, *sizes), out_last, problem, march)
 
 
-def _config(problem: Problem, plan: str) -> Config:
-    """The one of that name or, where x has another layout than that is for, one that reads the same packed weight."""
+def _config(problem: Problem, plan: str) -> Config | None:
+    """The one of that name or, where x has another layout than that is for, one that reads the same packed weight.
+
+    None where there is none of those.
+    """
     named = next((config for config in CONFIGS if config.name == plan), None)
     fitting = configs_for(problem)
     alike = [config for config in fitting if named and config.channels == named.channels]
+    if named in configs_for(replace(problem, x_last=not problem.x_last)) and not alike:
+        return None
     if named is None or not alike:
         raise ValueError(f"plan is {plan!r}; allowed for this convolution are {[config.name for config in fitting]}")
     return named if named in alike else alike[0]

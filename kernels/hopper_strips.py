@@ -90,6 +90,8 @@ def why_not(problem: Problem) -> str | None:
     """Why the march does not take a problem, in words; None where it does."""
     if problem.groups > 1:
         return f"it has {problem.groups} groups, and a program of the march shares x among all its channels"
+    if problem.tensors:
+        return "a program reads a tensor of the result's shape"
     if problem.prologue:
         return "something is done to x first, and the copy engine brings it as it is"
     if any(axis.dilation > 1 for axis in problem.axes):
@@ -147,7 +149,7 @@ def configs_for(problem: Problem) -> tuple[Config, ...]:
         if not (config.burst if problem.x_last else config.together)
         and (_carried(problem) or not config.together)
         and _fits_registers(problem, config)
-        and shared_memory(problem, config) <= problem.shared_limit
+        and has_room(problem, config, problem.columns)
         and (config.channels == 16 or config.channels < 2 * problem.C_out)
     )
 

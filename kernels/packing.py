@@ -25,6 +25,7 @@ from fusion_backend.kernels.tf32 import round_to_tf32, rounded_to_tf32
 BLOCK = 64  # rows, and channels, of a program
 
 LEAST = 2**17  # elements that the kernel is launched for
+MOST_GROUPS = 2**16 - 1  # along the last dimension of a grid
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Packing:
 def pack(weight: torch.Tensor, groups: int, packing: Packing) -> torch.Tensor:
     """[groups * rows, depth] of a weight [C_in, C_out / groups, *kernel], whose layout may be any."""
     weight_last = is_channels_last(weight)
-    small = weight.numel() < LEAST or inductor_config.freezing
-    if weight_last is None or small or not runs(_pack_kernel, weight):
+    small = weight.numel() < LEAST or groups > MOST_GROUPS
+    if weight_last is None or small or inductor_config.freezing or not runs(_pack_kernel, weight):
         return _spelt_out(weight, groups, packing)
     C_in, C_out, *kernel = weight.shape
     taps = math.prod(kernel)

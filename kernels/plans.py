@@ -105,6 +105,11 @@ def _can_turn(problem: Problem) -> bool:
 
 
 def _can_turn_back(problem: Problem) -> bool:
-    """Where a tile has too few phases for whole 32-byte sectors of a contiguous row of float32."""
+    """Where a tile has too few phases for whole 32-byte sectors of a contiguous row of float32.
+
+    What a program reads beside it is laid out as the result, and not as the workspace.
+    """
+    if problem.tensors:
+        return False
     few = problem.axes[2].stride > tiling.MOST_JOINED
     return problem.tf32 and problem.dot and problem.x_last and not problem.out_last and few

@@ -39,6 +39,8 @@ class Problem:
     tensor_memory: bool = False  # products are made in a memory of their own
     hopper: bool = False  # the GPU is one, and triton has the language for what it alone has
     prologue: bool = False  # something is done to x as it is loaded
+    tensors: int = 0  # of the result's shape, that a program reads
+    columns: int = 0  # of a program's vectors
 
     @property
     def dot(self) -> bool:

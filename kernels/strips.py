@@ -213,7 +213,7 @@ def _fits(problem: Problem, config: Config) -> bool:
         most = MOST_REGISTERS_ASYNCHRONOUS
         if _products(problem) > MOST_PRODUCTS_ASYNCHRONOUS:
             return False
-    return shared_memory(problem, config) <= problem.shared_limit and _registers(problem, config) <= most
+    return has_room(problem, config, problem.tensors) and _registers(problem, config) <= most
 
 
 def _fits_tensor_memory(problem: Problem, config: Config) -> bool:

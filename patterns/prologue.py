@@ -89,6 +89,8 @@ class _Walk:
         if len(self.nodes) == MOST_NODES:
             return Miss(f"it is before {MOST_NODES} others, and a kernel does no more", node, word(node))
         others = [user for user in node.users if user not in self.nodes and user is not self.convolution.node]
+        if node is self.convolution.weight:
+            return Miss("it is the weight, too", node, word(node))
         if others:
             kind = "is also returned" if others[-1].op == "output" else f"is also read by {word(others[0])}"
             return Miss(f"its value {kind}", node, word(node))

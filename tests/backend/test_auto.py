@@ -14,7 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 from fusion_backend import autotune, choice, evidence, explain, fused_post
-from fusion_backend.kernels import problem
+from fusion_backend.kernels import hopper_strips, problem
 from fusion_backend.kernels.phases import Axis
 
 OPTIONS = {"fused_post.strict": True}
@@ -114,6 +114,43 @@ def test_a_program_is_left_to_inductor_where_a_plan_without_one_is_so_much_faste
     taken = rate == 1e8
     assert ("tanh" in site.equation) == taken
     assert ("hopper" in site.reason and "a pass of Inductor's behind it" in site.reason) == (not taken)
+
+
+@pytest.mark.usefixtures("on_h200")
+@pytest.mark.parametrize("rate", [1e11, 1e8], ids=["fast copies", "slow copies"])
+def test_no_plan_is_taken_by_a_time_that_it_does_not_have_with_a_residual(
+    monkeypatch: pytest.MonkeyPatch, rate: float
+) -> None:
+    """A result that is turned back has none; this site is measured to be faster by such a plan alone."""
+    monkeypatch.setattr(choice, "copy_rate", lambda gpu: rate)
+    conv = nn.ConvTranspose1d(512, 256, 16, 8, 4).eval()
+    x, skip = torch.randn(16, 512, 256), torch.randn(16, 256, 2048)
+    with torch.no_grad():
+        (plain,) = explain(lambda x: conv(x).tanh(), x).sites
+        (site,) = explain(lambda x, skip: conv(x).tanh() + skip, x, skip).sites
+    assert plain.kernel == "fused" and "turned back" in plain.reason
+    if rate == 1e8:
+        assert site.kernel == "inductor"
+    else:
+        assert site.kernel == "fused" and "turned back, and a pass of Inductor's behind it" in site.reason
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_no_plan_is_taken_that_has_no_room_for_a_programs_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem, "is_hopper", lambda device: True)
+    monkeypatch.setattr(choice, "copy_rate", lambda gpu: 1e8)
+    conv, slope = nn.ConvTranspose2d(64, 64, 3, 2, 1, 1).eval(), torch.rand(64)
+
+    x = torch.randn(64, *X.shape[1:])
+
+    def reason() -> str:
+        with torch.no_grad():
+            (site,) = explain(lambda x, slope: nn.functional.prelu(conv(x), slope), x, slope).sites
+        return site.reason
+
+    assert "by hopper" in reason()
+    monkeypatch.setattr(hopper_strips, "has_room", lambda problem, config, columns: not columns)
+    assert "by march" in reason()
 
 
 class Among(nn.Module):

@@ -32,6 +32,7 @@ def test_kernelbench_reports_one_folded_site_and_every_contender(run):
         "inductor",
         "fused_post",
     ]
+    assert "allclose to eager at 1e-4: eager passes, inductor passes, fused_post passes" in printed
     assert "error ok" in printed
 
 

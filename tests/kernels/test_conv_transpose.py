@@ -504,7 +504,8 @@ def test_the_operator_has_the_agreed_schema() -> None:
     assert str(torch.ops.fused_post.conv_transpose.default._schema) == (
         f"fused_post::conv_transpose(Tensor x, Tensor weight, {parameters}, {tensors}, {numbers}, "
         "bool? channels_last=None, bool allow_tf32=True, str? plan=None, "
-        'str program="", Tensor? vectors=None, Tensor? tensor_0=None, Tensor? tensor_1=None) -> Tensor'
+        'str program="", Tensor? vectors=None, Tensor? tensor_0=None, Tensor? tensor_1=None, '
+        'str prologue="", Tensor? prologue_vectors=None) -> Tensor'
     )
 
 

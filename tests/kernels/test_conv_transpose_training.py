@@ -318,7 +318,10 @@ def test_a_gpu_gets_one_kernel_forward_and_one_backward(channels_last: bool, fus
     backward = ["_backward_kernel"] if channels_last else ["_transpose_kernel", "_turned_backward_kernel"]
     if program == "silu v0" and fused:
         backward = ["_row_march_kernel"] if channels_last else ["_row_march_kernel", *["_transpose_kernel"] * 2]
-    assert names == sorted(["_row_march_kernel" if fused else "_flat_kernel", *backward])
+    expected = ["_row_march_kernel" if fused else "_flat_kernel", *backward]
+    # The gradient for a turned x comes channels_last from cuDNN, and from the fake convolution of torch 2.11 alone.
+    back = [] if channels_last else ["_transpose_kernel"]
+    assert names in (sorted(expected), sorted([*expected, *back]))
 
 
 X, W = torch.zeros(2, 4, 5, 3), torch.zeros(4, 6, 3, 3)

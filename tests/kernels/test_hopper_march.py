@@ -516,6 +516,19 @@ def test_what_is_chosen(conv: Conv, dtype: torch.dtype, last: bool, config: Conf
     assert configs_for(problem_of(conv, dtype, last))[0] == config
 
 
+def test_x_may_come_in_another_layout_than_the_plan_is_for() -> None:
+    """Then a configuration takes it that reads the same packed weight, or none does, and the call goes elsewhere."""
+    wide = problem_of(Conv((8, 128, 32, 32), 64, (3,), (2,), (1,), (1,)), torch.bfloat16, True)
+    turned = replace(wide, x_last=False)
+    here, there = ({config.channels for config in configs_for(each)} for each in (wide, turned))
+    assert 64 in here and there == {16, 32}
+    assert hopper_march._config(wide, "hopper 64, 1 slots") == Config(64, 1)
+    assert hopper_march._config(turned, "hopper 32, 1 slots, together").channels == 32
+    assert hopper_march._config(turned, "hopper 64, 1 slots") is None
+    with pytest.raises(ValueError, match="plan is 'hopper 5 slots'; allowed for this convolution are"):
+        hopper_march._config(turned, "hopper 5 slots")
+
+
 def test_names_tell_configurations_apart() -> None:
     assert len({config.name for config in CONFIGS}) == len(CONFIGS)
     assert Config(64, 2).name == "hopper 64, 2 slots"

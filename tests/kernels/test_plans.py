@@ -60,6 +60,16 @@ def test_only_a_hopper_has_its_plans() -> None:
     assert any(plan.name == "hopper 64, 2 slots" for plan in plans_for(replace(SEED, hopper=True)))
 
 
+def test_what_a_program_reads_has_room_in_all_of_them() -> None:
+    turned_back = replace(WIDE, dtype=torch.float32, tf32=True, x_last=True)
+    for problem in (*EVERYTHING, turned_back):
+        reads, wide = replace(problem, tensors=2), replace(problem, columns=2**12)
+        assert choose_plan(reads, (128, problem.C_in * problem.groups, 128, 128)) in list(plans_for(reads))
+        assert set(plans_for(reads)) <= {plan for plan in plans_for(problem) if not plan.back and not plan.is_hopper}
+        assert list(plans_for(wide)) == [plan for plan in plans_for(problem) if not plan.is_hopper]
+    assert any(plan.back for plan in plans_for(turned_back))
+
+
 @pytest.mark.parametrize(
     ("problem", "begins"),
     [

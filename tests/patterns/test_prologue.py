@@ -250,6 +250,23 @@ def test_where_the_walk_up_ends(head: Head, reason: str, steps: str) -> None:
         assert gm.graph.python_code("self").src == before
 
 
+class Correlated(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(x)
+        return F.conv_transpose2d(y, y).relu()
+
+
+@torch.no_grad()
+def test_what_is_the_weight_as_well_is_left() -> None:
+    model, x = Correlated(), torch.randn(4, 4, 5, 5)
+    gm = dynamo(model, x)
+    (node,) = find_convolutions(gm)
+    prologue = read_prologue(read_convolution(node))  # type: ignore[arg-type]
+    assert isinstance(prologue, Miss) and prologue.why == "it is the weight, too"
+    assert "conv_transpose.default" in replaced(gm)
+    torch.testing.assert_close(call(gm, x), model(x))
+
+
 def test_under_autocast_the_convolution_casts() -> None:
     torch.manual_seed(0)
     model, x = Model(lambda m, x: torch.tanh(x)), torch.randn(2, 4, 5, 7)
