@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fusion_backend.patterns.source import attribute, is_tensor, value_of
+from fusion_backend.patterns.source import aten_name, attribute, is_tensor, value_of
 
 _WRITING_OPERATORS = {
     *(getattr(operator, f"i{name}") for name in "add sub mul truediv floordiv mod pow matmul".split()),
@@ -24,8 +24,6 @@ _WRITING_OPERATORS = {
 }
 # They update running statistics or a table, and their schemas do not say so.
 _STATEFUL = ("batch_norm", "instance_norm", "embedding", "moving_avg", "rrelu", "fused_")
-# In place, but harmless: the gradient's books, not the values. Not so ``detach_``: who reads behind it has no gradient.
-_BOOKKEEPING = ("requires_grad_",)
 _METHODS_WITH_EFFECTS = ("backward", "retain_grad", "register_hook", "record_stream", "set_")
 _PURE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
@@ -47,7 +45,7 @@ def is_barrier(node: fx.Node) -> bool:
 
 def _is_pure_method(node: fx.Node) -> bool:
     name = str(node.target)
-    if name in _BOOKKEEPING:
+    if _is_bookkeeping(node, name):
         return True
     owner = value_of(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
     of_tensor = is_tensor(owner) or isinstance(owner, (int, float, torch.SymInt, torch.SymFloat))
@@ -58,7 +56,7 @@ def _is_pure_function(node: fx.Node) -> bool:
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.split("::")[-1]
-        return name in _BOOKKEEPING or not (target._schema.is_mutable or _is_stateful(name))
+        return _is_bookkeeping(node, name) or not (target._schema.is_mutable or _is_stateful(name))
     name = getattr(target, "__name__", "")
     if "out" in node.kwargs or name.endswith("_") or _is_stateful(name) or node.is_impure():
         return False
@@ -69,6 +67,16 @@ def _is_pure_function(node: fx.Node) -> bool:
     if isinstance(target, types.BuiltinFunctionType):
         return target in (getattr(torch, name, None), getattr(torch._C._nn, name, None))
     return target is getattr(F, name, None) and not _in_place(node, target)
+
+
+def _is_bookkeeping(node: fx.Node, name: str) -> bool:
+    """In place, but harmless: the gradient's books, not the values.
+
+    Who reads behind a ``detach_`` has no gradient, which is no change for a constant, as ``torch.export`` lifts it.
+    """
+    owner = node.args[0] if node.args else None
+    lifted = isinstance(owner, fx.Node) and aten_name(owner.target).startswith("lift_fresh")
+    return name == "requires_grad_" or (name == "detach_" and lifted)
 
 
 def _is_stateful(name: str) -> bool:
