@@ -43,7 +43,7 @@ from benchmarks.measure import TOLERANCE, environment, in_turn, peak_bytes, summ
 from benchmarks.sites import backend
 from fusion_backend import evidence
 from fusion_backend.kernels import conv_transpose as kernels
-from fusion_backend.kernels import epilogue, hopper_march, hopper_strips, row_march
+from fusion_backend.kernels import epilogue, hopper_blocks, hopper_march, hopper_product, hopper_strips, row_march
 from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.phases import Axis
@@ -147,11 +147,19 @@ class Row:
     def hopper(self, plan: Plan) -> Callable[[], Tensor]:
         processors = torch.cuda.get_device_properties(self.x.device).multi_processor_count
         coefficients = kernels.coefficients_for(self.out, *split(self.values))
-        packed = kernels.pack_for(plan, self.weight, self.problem)
-        march = hopper_strips.march_for(self.problem, self.x.shape, plan.config, processors)
+        packed, problem = kernels.pack_for(plan, self.weight, self.problem), plan.problem(self.problem)
+        launch, cut_for = hopper_march.launch, hopper_strips.march_for
+        if plan.is_product:
+            launch, cut_for = hopper_product.launch, hopper_blocks.product_for
+        cut = cut_for(problem, self.x.shape, plan.config, processors)
 
         def run() -> Tensor:
-            hopper_march.launch(self.out, self.x, packed, self.problem, march, coefficients)
+            with launched_directly():
+                x = kernels.turned_by(self.x, True) if plan.turned else self.x
+                out = empty(self.out.shape, self.out, True) if plan.back else self.out
+                launch(out, x, packed, problem, cut, coefficients)
+                if plan.back:
+                    epilogue.launch(self.out, out, kernels.NO_COEFFICIENTS)
             return self.out
 
         return run
@@ -204,6 +212,7 @@ class Row:
         hopper = [plan for plan, its in zip(hopper, size, strict=True) if its == size[0]]
         marches = [plan for plan in everything if plan.is_march]
         general = [plan for plan in everything if not plan.is_hopper and not plan.is_march]
+        hopper += [plan for plan in everything if plan.is_product]
         if plans == "likely":
             return hopper + (marches or general)
         turned = any(plan.turned for plan in general)
@@ -335,7 +344,7 @@ def host_us(run: Callable[[], object], calls: int = 30) -> float:
 
 
 def is_ours(name: str) -> bool:
-    return "warps" in name or name.startswith(("ours", "operator", "hopper", "fused_post"))
+    return evidence.is_plan(name) or name.startswith(("ours", "operator", "fused_post"))
 
 
 def is_compiled(name: str) -> bool:

@@ -36,7 +36,7 @@ def compact(row: dict[str, Any]) -> dict[str, Any] | None:
         beside = whole["ms"] - times[whole["plan"]]
     else:
         beside = times.get("ours, packing", 0.0) - times.get(chosen, 0.0)
-    plans = {name: round(ms + max(beside, 0.0), 5) for name, ms in times.items() if is_plan(name)}
+    plans = {name: round(ms + max(beside, 0.0), 5) for name, ms in times.items() if evidence.is_plan(name)}
     return {
         "case": row["case"],
         "x": row["x"],
@@ -77,10 +77,6 @@ def compact_training(row: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def is_plan(name: str) -> bool:
-    return "warps" in name or "slots" in name
-
-
 def judge(rows: list[dict[str, Any]]) -> None:
     """Leave one out: what ``auto`` would take for it, against what it would have been best to take."""
     cases = [evidence.case_of(row) for row in rows]
@@ -89,7 +85,7 @@ def judge(rows: list[dict[str, Any]]) -> None:
         others = tuple(case for case in cases if case is not own)
         with mock.patch.object(evidence, "measured", lambda gpu, others=others: others):
             found = evidence.predict(
-                replace(own.problem, shared_limit=227 * 1024, hopper=any("slots" in name for name in own.plans)),
+                replace(own.problem, shared_limit=227 * 1024, hopper=any(map(evidence.is_opaque, own.plans))),
                 own.shape,
                 "this GPU",
             )

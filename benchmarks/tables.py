@@ -77,7 +77,7 @@ def is_taken(row: dict[str, Any], replayed: bool = False) -> bool:
     own = evidence.case_of({**compact(row), "plans": {}, "peer": 0.0})
     case = next(case for case in evidence.measured(GPU) if (case.problem, case.shape) == (own.problem, own.shape))
     opaque = 0.0 if replayed else evidence.OPAQUE
-    counted = (max(ms, opaque) if name.startswith("hopper") else ms for name, ms in case.plans.items())
+    counted = (max(ms, opaque) if evidence.is_opaque(name) else ms for name, ms in case.plans.items())
     return case.peer / min(counted, default=math.inf) >= evidence.LEAST_SPEEDUP
 
 

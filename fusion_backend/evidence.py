@@ -135,6 +135,16 @@ def counted(plan: Plan, ms: float, replayed: bool) -> float:
     return max(ms, OPAQUE) if plan.is_hopper and not replayed else ms
 
 
+def is_plan(name: str) -> bool:
+    """Whether it is the name of a plan, among those of whatever else is measured."""
+    return "warps" in name or is_opaque(name)
+
+
+def is_opaque(name: str) -> bool:
+    """Whether a plan of this name has an operator that Inductor cannot look into."""
+    return "slots" in name or "product" in name
+
+
 def _products(problem: Problem) -> int:
     """What the device's time grows with, among problems of one kind."""
     return int(problem.positions) * problem.C_in * problem.C_out

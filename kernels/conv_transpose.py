@@ -37,9 +37,12 @@ from triton.runtime.jit import JITFunction
 
 from fusion_backend.kernels import (
     epilogue,
+    hopper,
+    hopper_blocks,
     hopper_march,
-    hopper_march_training,
+    hopper_product,
     hopper_strips,
+    hopper_training,
     packing,
     row_march,
     strips,
@@ -76,6 +79,7 @@ from fusion_backend.kernels.program import (
 )
 from fusion_backend.kernels.program import reference as run_program
 from fusion_backend.kernels.rounding import cdiv
+from fusion_backend.kernels.taps import taps_of
 from fusion_backend.kernels.tf32 import rounded_to_tf32
 from fusion_backend.kernels.tiling import Tiling, choose_tiling, tiling_for, tilings, why_no_bits
 
@@ -116,29 +120,6 @@ def reference(
         [axis.dilation for axis in axes],
     )
     return run_program(pointwise(y, scale, shift, lo, hi), program).to(x.dtype)
-
-
-@triton.jit
-def _taps(
-    phase,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    DILATION: tl.constexpr,
-    STEP: tl.constexpr,
-    INVERSE: tl.constexpr,
-):
-    """A phase's first tap, the input offset of that, and how many taps there are."""
-    COMMON: tl.constexpr = STRIDE // STEP
-    shifted = phase + PADDING
-    first = shifted // COMMON * INVERSE % STEP
-    if KERNEL % STEP == 0:
-        count = KERNEL // STEP
-    else:
-        count = (KERNEL - first + STEP - 1) // STEP
-    if COMMON > 1:
-        count = tl.where(shifted % COMMON == 0, count, 0)
-    return first, (shifted - first * DILATION) // STRIDE, count
 
 
 @triton.jit
@@ -381,15 +362,15 @@ def _conv_transpose_kernel(
         DILATION_W * STEP_W // STRIDE_W,
     )
 
-    first_d, offset_d, count_d = _taps(phase_d, KERNEL_D, STRIDE_D, PADDING_D, DILATION_D, STEP_D, INVERSE_D)
-    first_h, offset_h, count_h = _taps(phase_h, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H, STEP_H, INVERSE_H)
+    first_d, offset_d, count_d = taps_of(phase_d, KERNEL_D, STRIDE_D, PADDING_D, DILATION_D, STEP_D, INVERSE_D)
+    first_h, offset_h, count_h = taps_of(phase_h, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H, STEP_H, INVERSE_H)
 
     # A phase that is there only to fill a power of two up takes the weights of the last one.
     shared_d = tl.minimum(e_d, STRIDE_D - 1 - phase_d)
     shared_h = tl.minimum(e_h, STRIDE_H - 1 - phase_h)
     for joined in tl.static_range(JOINED):
         phase = phase_w + joined * SHARED_W
-        first_w, offset_w, count_w = _taps(phase, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W, STEP_W, INVERSE_W)
+        first_w, offset_w, count_w = taps_of(phase, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W, STEP_W, INVERSE_W)
         if STRIDE_W % WIDE != 0:
             count_w = tl.where(phase < STRIDE_W, count_w, 0)
         shared_w = tl.maximum(tl.minimum(e_w, STRIDE_W - 1 - phase), 0)
@@ -673,14 +654,16 @@ def run(
 
     if plan is not None and plan.is_hopper:
         packed = pack_for(plan, weight, problem)
+        if plan.turned:
+            x = turned_by(x, True, prologue)
         axes_of = tuple([int(getattr(axis, name)) for axis in axes] for name in AXIS)
         given = (x, weight, packed, *axes_of, *tensors, *numbers)
-        rest = (out_last, allow_tf32, plan.name)
+        rest = (out_last or plan.back, allow_tf32, plan.config.name)
         if gate is not None:
             flags = (gate.lo_open, gate.hi_open, gate.passes_nan)
-            return hopper_march_training.conv_transpose_hopper_training(*given, *flags, *rest)
-        y = hopper_march.conv_transpose_hopper(*given, *rest, program.text, program.vectors)
-        return y, y.new_empty(0, dtype=torch.uint8)
+            return hopper_training.conv_transpose_hopper_training(*given, *flags, *rest)
+        y = hopper.conv_transpose_hopper(*given, *rest, program.text, program.vectors)
+        return turned_by(y, False) if plan.back else y, y.new_empty(0, dtype=torch.uint8)
     out = empty((x.shape[0], C_out, *sizes), x, out_last)
     bits = out.new_empty(0 if gate is None else cdiv(out.numel(), 8), dtype=torch.uint8)
     coefficients = coefficients_for(out, tensors, numbers)
@@ -697,6 +680,8 @@ def run(
 def _why_no_bits(plan: Plan, problem: Problem, W_out: int) -> str | None:
     if isinstance(plan.config, hopper_strips.Config):
         return hopper_strips.why_no_bits(problem, W_out)
+    if isinstance(plan.config, hopper_blocks.Config):
+        return "the product on Hopper writes none"
     if isinstance(plan.config, strips.Config):
         return strips.why_no_bits(plan.problem(problem), plan.config, W_out)
     if plan.back:
@@ -735,6 +720,8 @@ def pack_for(plan: Plan, weight: torch.Tensor, problem: Problem) -> torch.Tensor
     problem = plan.problem(problem)
     if isinstance(plan.config, hopper_strips.Config):
         return hopper_march.pack(weight, problem, plan.config)
+    if isinstance(plan.config, hopper_blocks.Config):
+        return hopper_product.pack(weight, problem, plan.config)
     if isinstance(plan.config, strips.Config):
         return row_march.pack(weight, problem, plan.config)
     tiling = tiling_for(problem, plan.config)
@@ -756,15 +743,13 @@ def launch_plan(
 ) -> None:
     """Fill ``out``, and ``bits`` where given, from ``x`` and from what ``pack_for`` returns; all of them are dense.
 
-    Not for "hopper", which is opaque. A pass that turns x does the prologue, too.
+    Not for those on Hopper, which are opaque. A pass that turns x does the prologue, too.
     """
     if out.numel() == 0:
         return
-    assert not isinstance(plan.config, hopper_strips.Config), "a plan with an operator of its own"
+    assert not isinstance(plan.config, (hopper_strips.Config, hopper_blocks.Config)), "it has an operator of its own"
     if plan.turned:
-        turned = empty(x.shape, x, True)
-        epilogue.launch(turned, x, NO_COEFFICIENTS, program=prologue)
-        x, prologue = turned, NO_PROGRAM
+        x, prologue = turned_by(x, True, prologue), NO_PROGRAM
     problem = plan.problem(problem)
     if plan.back:
         turned = empty(out.shape, out, True)
@@ -778,6 +763,13 @@ def launch_plan(
     tiling = tiling_for(problem, plan.config)
     assert tiling is not None, "a plan fits"
     launch(out, x, packed, problem, tiling, coefficients, bits, gate, program, prologue)
+
+
+def turned_by(x: torch.Tensor, channels_last: bool, program: Program = NO_PROGRAM) -> torch.Tensor:
+    """A copy of x in the other layout, with what the program makes of it."""
+    turned = empty(x.shape, x, channels_last)
+    epilogue.launch(turned, x, NO_COEFFICIENTS, program=program)
+    return turned
 
 
 # The body comes first: where triton_op registers an operator it looks for the kernels behind it, for compile caches.

@@ -20,15 +20,11 @@ from fusion_backend.kernels.hopper_tiles import (
     corner_of,
     joined_columns,
     known,
+    rounded_to_tf32,
     stacked,
     tile_layout,
 )
 from fusion_backend.kernels.program import apply_program, columns_of
-
-
-@gluon.jit
-def _rounded_to_tf32(x):
-    return gl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -50,7 +46,7 @@ def _operands(tiles, OPERAND: gl.constexpr, FORM: gl.constexpr):
     """x at each shift, rounded. Row 16*warp + 8*h + lane of a comb's operand is pixel 2*(8*warp + lane) + h."""
     rounded = ()
     for j in gl.static_range(known(FORM.all_tiles)):
-        rounded = append(rounded, _rounded_to_tf32(tiles[j]) if FORM.tf32 else tiles[j])
+        rounded = append(rounded, rounded_to_tf32(tiles[j]) if FORM.tf32 else tiles[j])
     operands = rounded
     if not FORM.x_last:
         operands = ()

@@ -79,6 +79,21 @@ def loads_of_row(form):
     return 1 + sum(not 0 <= form.first[1] + j < 2 for j in range(form.tiles))
 
 
+@gluon.constexpr_function
+def product_layout(rows, columns, neighbours):
+    """[rows, columns] of a product whose columns were permuted by ``pack``: a thread's neighbours in memory first."""
+    wide = 2 * neighbours
+    registers = [[0, c] for c in _powers(wide, 1)] + [[8, 0]]
+    registers += [[0, c] for c in _powers(columns // (4 * wide), 4 * wide)] + [[r, 0] for r in _powers(rows // 64, 64)]
+    lanes = [[0, wide], [0, 2 * wide]] + [[r, 0] for r in _powers(8, 1)]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [rows, columns])
+
+
+@gluon.jit
+def rounded_to_tf32(x):
+    return gl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
 @gluon.jit
 def append(values, value):
     return values + (value,)  # noqa: RUF005 Gluon has no stars

@@ -2,9 +2,10 @@
 
     hopper    ``hopper_march``, on a Hopper, where the weight's taps fit in shared memory
     march     ``row_march``, where the weight's taps fit in shared memory
+    product   ``hopper_product``, on a Hopper, from channels_last to channels_last
     general   ``conv_transpose``, for all there is
-    turned    either of the latter behind a pass that makes a contiguous x channels_last, at about a copy's speed
-    back      general into a channels_last workspace of the result's size, and a pass that makes that contiguous
+    turned    any of the latter behind a pass that makes a contiguous x channels_last, at about a copy's speed
+    back      product or general into a channels_last workspace of the result's size, and a pass that turns that
 
 A plan has a name, by which a measurement, a compiled graph and a report speak of it. What is chosen without a name is a
 rule, read off benchmarks/results/conv_transpose-nvidia-h200-first.json: march where it can, and turn x for the general
@@ -16,19 +17,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from fusion_backend.kernels import hopper_strips, strips, tiling
+from fusion_backend.kernels import hopper_blocks, hopper_strips, strips, tiling
 from fusion_backend.kernels.problem import SMALLEST_EDGE, Problem
 from fusion_backend.kernels.rounding import cdiv
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A configuration of a march or of the general kernel; ``turned``: x is made channels_last first.
+    """A configuration of a kernel; ``turned``: x is made channels_last first.
 
     ``back``: the result is channels_last at first.
     """
 
-    config: hopper_strips.Config | strips.Config | tiling.Config
+    config: hopper_strips.Config | hopper_blocks.Config | strips.Config | tiling.Config
     turned: bool = False
     back: bool = False
 
@@ -37,21 +38,25 @@ class Plan:
         return isinstance(self.config, strips.Config)
 
     @property
+    def is_product(self) -> bool:
+        return isinstance(self.config, hopper_blocks.Config)
+
+    @property
     def is_hopper(self) -> bool:
         """Whether it runs as an operator of its own, which Inductor cannot look into."""
-        return isinstance(self.config, hopper_strips.Config)
+        return isinstance(self.config, (hopper_strips.Config, hopper_blocks.Config))
 
     @property
     def name(self) -> str:
         """For example "hopper 64, 2 slots", "march 64x32, 4 warps, 2 stages", "turned 64x64x128, 4 warps, 3 stages"."""
-        if isinstance(self.config, hopper_strips.Config):
-            return self.config.name
+        turned = "turned " if self.turned else ""
+        back = ", turned back" if self.back else ""
+        if isinstance(self.config, (hopper_strips.Config, hopper_blocks.Config)):
+            return f"{turned}{self.config.name}{back}"
         if isinstance(self.config, strips.Config):
             size = f"march {self.config.pixels}x{self.config.channels}"
         else:
             size = f"{self.config.rows}x{self.config.columns}x{self.config.depth_bytes}"
-        turned = "turned " if self.turned else ""
-        back = ", turned back" if self.back else ""
         return f"{turned}{size}, {self.config.num_warps} warps, {self.config.num_stages} stages{back}"
 
     def packed_bytes(self, problem: Problem) -> int:
@@ -60,6 +65,8 @@ class Plan:
         if isinstance(self.config, (hopper_strips.Config, strips.Config)):
             C_out = cdiv(problem.C_out, self.config.channels) * self.config.channels
             return taps * C_out * strips.block_k_of(problem) * problem.dtype.itemsize
+        if isinstance(self.config, hopper_blocks.Config):
+            return taps * math.prod(hopper_blocks.packed_shape(problem, self.config)) * problem.dtype.itemsize
         cut = tiling.tiling_for(self.problem(problem), self.config)
         assert cut is not None, "a plan fits"
         C_in = cdiv(problem.C_in, cut.block_k) * cut.block_k
@@ -75,6 +82,7 @@ def plans_for(problem: Problem) -> Iterator[Plan]:
     """All that fit; there is always one."""
     if problem.hopper and hopper_strips.why_not(problem) is None:
         yield from map(Plan, hopper_strips.configs_for(problem))
+    yield from _products(problem)
     for turned in (False, True) if _can_turn(problem) else (False,):
         rest = Plan(tiling.DOT_CONFIGS[0], turned).problem(problem)
         if strips.why_not(rest) is None:
@@ -82,6 +90,15 @@ def plans_for(problem: Problem) -> Iterator[Plan]:
         yield from (Plan(each.config, turned) for each in tiling.tilings(rest))
         if _can_turn_back(rest):
             yield from (Plan(each.config, turned, back=True) for each in tiling.tilings(replace(rest, out_last=True)))
+
+
+def _products(problem: Problem) -> Iterator[Plan]:
+    turned, back = not problem.x_last, not problem.out_last
+    if not problem.hopper or (turned and not _can_turn(problem)) or (back and problem.tensors):
+        return
+    rest = replace(problem, x_last=True, out_last=True, prologue=problem.prologue and not turned)
+    if hopper_blocks.why_not(rest) is None:
+        yield from (Plan(config, turned, back) for config in hopper_blocks.configs_for(rest))
 
 
 def plan_named(problem: Problem, name: str) -> Plan | None:

@@ -14,15 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 
 from fusion_backend.kernels import conv_transpose as kernels
-from fusion_backend.kernels import hopper_march, hopper_march_training, problem
+from fusion_backend.kernels import hopper as on_hopper
+from fusion_backend.kernels import hopper_descriptor, hopper_march, hopper_training, problem
 from fusion_backend.kernels.coefficients import coefficients_for
 from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.conv_transpose import conv_transpose, reference
 from fusion_backend.kernels.conv_transpose_training import conv_transpose_training
 from fusion_backend.kernels.gate import Gate, passes, unpack
 from fusion_backend.kernels.gate import pack as pack_bits
-from fusion_backend.kernels.hopper_march import conv_transpose_hopper, is_hopper, launch, pack
-from fusion_backend.kernels.hopper_march_training import conv_transpose_hopper_training
+from fusion_backend.kernels.hopper import conv_transpose_hopper
+from fusion_backend.kernels.hopper_descriptor import why_no_gluon
+from fusion_backend.kernels.hopper_march import launch, pack
 from fusion_backend.kernels.hopper_strips import (
     CONFIGS,
     Config,
@@ -32,9 +34,10 @@ from fusion_backend.kernels.hopper_strips import (
     why_not,
     why_not_shape,
 )
+from fusion_backend.kernels.hopper_training import conv_transpose_hopper_training
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.plans import plans_for
-from fusion_backend.kernels.problem import Problem, problem_for
+from fusion_backend.kernels.problem import Problem, is_hopper, problem_for
 from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager
 from tests.kernels.implementations import DTYPES, GPU_MARKS, Value, split
 from tests.kernels.layouts import is_laid_out, laid_out, unflattened
@@ -162,7 +165,7 @@ def test_addresses_that_16_does_not_divide(hopper: str) -> None:
     with mock.patch.object(hopper_march, "launch", side_effect=AssertionError("the copy engine cannot")):
         config, *_ = configs_for(problem_for(x, weight, K3S2.axes, 1, False, True))
         assert_close(operator(K3S2, x, weight, False, config), x, weight, K3S2, RELU)
-    assert not hopper_march._broken
+    assert not on_hopper._broken
 
 
 @pytest.mark.parametrize(("from_last", "to_last"), LAYOUTS)
@@ -356,7 +359,7 @@ def test_training_runs_the_march_and_its_gradients_are_right(hopper: str, from_l
             (forward, general, 2),
         ):
             y = run(*leaves, plan)
-            assert launched.call_count == count and not hopper_march._broken
+            assert launched.call_count == count and not on_hopper._broken
             assert is_laid_out(y, to_last)
             results.append((y, *torch.autograd.grad(y, leaves, grad)))
     assert launched.call_args.args[6] is not None, "the bits"
@@ -412,7 +415,7 @@ def test_inductor_compiles_around_the_operator(hopper: str) -> None:
 def test_the_operator_gives_gluon_up_once_it_fails(hopper: str, caplog: pytest.LogCaptureFixture) -> None:
     x, weight = K3S2.tensors(torch.bfloat16, hopper)
     with (
-        mock.patch.object(hopper_march, "_broken", []),
+        mock.patch.object(on_hopper, "_broken", []),
         mock.patch.object(hopper_march, "launch", side_effect=RuntimeError("no such\ninstruction")) as fails,
         caplog.at_level(logging.WARNING),
     ):
@@ -495,9 +498,8 @@ def test_says_that_images_are_too_large_for_31_bits() -> None:
 
 
 def test_says_where_triton_has_no_gluon() -> None:
-    problem = problem_of(SEED, torch.bfloat16, True)
-    with mock.patch.object(hopper_march, "_gluon", side_effect=ImportError("no module named gluon")):
-        assert hopper_march.why_not(problem) == "this triton has no Gluon that the kernel knows: no module named gluon"
+    with mock.patch.object(hopper_descriptor, "gluon_language", side_effect=ImportError("no module named gluon")):
+        assert why_no_gluon() == "this triton has no Gluon that the kernels know: no module named gluon"
 
 
 @pytest.mark.parametrize(
@@ -522,11 +524,11 @@ def test_x_may_come_in_another_layout_than_the_plan_is_for() -> None:
     turned = replace(wide, x_last=False)
     here, there = ({config.channels for config in configs_for(each)} for each in (wide, turned))
     assert 64 in here and there == {16, 32}
-    assert hopper_march._config(wide, "hopper 64, 1 slots") == Config(64, 1)
-    assert hopper_march._config(turned, "hopper 32, 1 slots, together").channels == 32
-    assert hopper_march._config(turned, "hopper 64, 1 slots") is None
+    assert on_hopper._config(wide, "hopper 64, 1 slots") == Config(64, 1)
+    assert on_hopper._config(turned, "hopper 32, 1 slots, together").channels == 32
+    assert on_hopper._config(turned, "hopper 64, 1 slots") is None
     with pytest.raises(ValueError, match="plan is 'hopper 5 slots'; allowed for this convolution are"):
-        hopper_march._config(turned, "hopper 5 slots")
+        on_hopper._config(turned, "hopper 5 slots")
 
 
 def test_names_tell_configurations_apart() -> None:
@@ -623,7 +625,7 @@ def test_training_takes_the_march_where_it_writes_bits_and_a_named_plan_before_t
         mock.patch.object(problem, "is_hopper", return_value=True),
         mock.patch.object(problem, "shared_memory_limit", return_value=HOPPER),
         mock.patch.object(
-            hopper_march_training, "conv_transpose_hopper_training", side_effect=conv_transpose_hopper_training
+            hopper_training, "conv_transpose_hopper_training", side_effect=conv_transpose_hopper_training
         ) as march,
         mock.patch.object(kernels, "launch_plan"),
     ):

@@ -1,10 +1,10 @@
-"""The operator of the march on Hopper that also writes the bits of a gate: see ``hopper_march`` and ``gate``."""
+"""The operator of the march on Hopper that also writes the bits of a gate: see ``hopper`` and ``gate``."""
 
 from collections.abc import Sequence
 
 import torch
 
-from fusion_backend.kernels import hopper_march
+from fusion_backend.kernels import hopper
 from fusion_backend.kernels.arguments import axes_for
 from fusion_backend.kernels.coefficients import Numbers, Tensors
 from fusion_backend.kernels.gate import Gate, pack, unpack
@@ -45,7 +45,7 @@ def _conv_transpose_hopper_training(
     numbers: Numbers = (scale_number, shift_number, lo_number, hi_number)
     axes_of = tuple(tuple(sizes) for sizes in (stride, padding, output_padding, dilation))
     gate = Gate(lo_open, hi_open, passes_nan)
-    ran = hopper_march.run(x, weight, packed, axes_of, tensors, numbers, channels_last, allow_tf32, plan, gate)
+    ran = hopper.run(x, weight, packed, axes_of, tensors, numbers, channels_last, allow_tf32, plan, gate)
     if ran is not None:
         y, bits = ran
         assert bits is not None, "there is a gate"
@@ -108,5 +108,5 @@ def _(
     plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     axes_of = (stride, padding, output_padding, dilation)
-    y = hopper_march.fake(x, weight, axes_of, (scale, shift, lo, hi), channels_last)
+    y = hopper.fake(x, weight, axes_of, (scale, shift, lo, hi), channels_last)
     return y, y.new_empty(cdiv(y.numel(), 8), dtype=torch.uint8)

@@ -1,0 +1,119 @@
+"""The transposed convolution as a product of matrices, on Hopper: for many channels.
+
+Each phase of the output (see ``phases``) is a matrix product over its taps and C_in. The copy engine fetches a tile of
+x for each tap, shifted by it and zero beyond x's edges, and that tap's part of the weight, several steps ahead; two
+warp groups multiply, each its own half of the tile's positions. A program walks over tiles, and x of the next is on its
+way while a tile is stored. x and the result are channels_last; a pass of its own turns what is not.
+
+x is rounded to TF32 in registers, where the product is that, and the weight as it is packed.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fusion_backend.kernels import hopper_blocks, packing
+from fusion_backend.kernels.coefficients import Coefficients
+from fusion_backend.kernels.hopper_blocks import Config, Form, Product, form_for
+from fusion_backend.kernels.hopper_descriptor import descriptor, gluon_language
+from fusion_backend.kernels.packing import Packing
+from fusion_backend.kernels.problem import Problem
+from fusion_backend.kernels.program import NO_PROGRAM, Program
+from fusion_backend.kernels.strips import three_sizes
+
+
+@functools.cache
+def _kernel() -> Any:
+    from fusion_backend.kernels.hopper_product_kernel import hopper_product_kernel
+
+    return hopper_product_kernel
+
+
+def pack(weight: torch.Tensor, problem: Problem, config: Config) -> torch.Tensor:
+    """[taps * C_out, C_in], both filled up to whole blocks, and rounded where the product is TF32.
+
+    Columns are permuted so that a thread's are neighbours: lane t holds a product's columns 8*i + 2*t and the next.
+    """
+    neighbours = hopper_blocks.neighbours_of(problem)
+    return packing.pack(
+        weight, 1, Packing(*hopper_blocks.packed_shape(problem, config), True, neighbours, problem.tf32)
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What launches of one kind have in common. ``compiled``: the kernel for each alignment of their tensors."""
+
+    form: Form
+    weight_layout: Any
+    x_layout: Any
+    x_shape: tuple[int, ...]
+    x_strides: tuple[int, ...]
+    sizes: tuple[int, ...]
+    compiled: dict[Any, Any]
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare(
+    problem: Problem, cut: Product, shape: tuple[int, ...], present: tuple[bool, ...], program: str
+) -> Prepared:
+    gl = gluon_language()
+    N, C, *sizes = shape
+    form = form_for(problem, len(sizes), cut, present, program)
+    element = getattr(gl, str(problem.dtype).removeprefix("torch."))
+    layout = gl.NVMMASharedLayout.get_default_for
+    x_shape = (N, *sizes, C)
+    strides = [1]
+    for size in reversed(x_shape[1:]):
+        strides.append(strides[-1] * size)
+    return Prepared(
+        form,
+        layout([form.columns, form.depth], element),
+        layout(list(form.tile), element),
+        x_shape,
+        tuple(reversed(strides)),
+        (N, *three_sizes(sizes), *cut.boxes[1:], cut.total),
+        {},
+    )
+
+
+def launch(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    problem: Problem,
+    cut: Product,
+    coefficients: Coefficients,
+    program: Program = NO_PROGRAM,
+) -> Any:
+    """Fill ``out`` from ``x``, both channels_last, and from what ``pack`` returns.
+
+    x begins at a multiple of 16 bytes. A program has no tensors. Returns the compiled kernel.
+    """
+    if out.numel() == 0:
+        return None
+    prepared = _prepare(problem, cut, tuple(x.shape), tuple(coefficients.present), program.text)
+    form = prepared.form
+    args = (
+        out,
+        descriptor(x, prepared.x_shape, prepared.x_strides, form.tile, prepared.x_layout),
+        descriptor(packed, packed.shape, packed.stride(), (form.columns, form.depth), prepared.weight_layout),
+        *coefficients.tensors,
+        program.vectors,
+        *prepared.sizes,
+        *coefficients.numbers,
+        prepared.x_layout,
+        form,
+    )
+    # The launcher of triton's own works out what it compiles for at each call, which takes longer than a small site.
+    tensors = (out, packed, *coefficients.tensors, program.vectors)
+    key = (out.device.index, *(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors))
+    grid = (cut.grid, 1, 1)
+    compiled = prepared.compiled.get(key)
+    if compiled is None:
+        compiled = prepared.compiled[key] = _kernel()[grid](*args, num_warps=4)
+    else:
+        compiled[grid](*args)
+    return compiled

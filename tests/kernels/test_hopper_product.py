@@ -1,0 +1,256 @@
+"""The product on Hopper on a GPU, against float64; and which problems it takes, and how it cuts them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fusion_backend.kernels import conv_transpose as kernels
+from fusion_backend.kernels import hopper, hopper_product
+from fusion_backend.kernels.coefficients import coefficients_for
+from fusion_backend.kernels.conv_transpose import conv_transpose, reference
+from fusion_backend.kernels.hopper_blocks import (
+    CONFIGS,
+    Config,
+    configs_for,
+    packed_shape,
+    product_for,
+    why_not,
+    why_not_shape,
+)
+from fusion_backend.kernels.hopper_product import launch, pack
+from fusion_backend.kernels.phases import Axis
+from fusion_backend.kernels.plans import plan_named, plans_for
+from fusion_backend.kernels.problem import Problem, is_hopper, problem_for
+from fusion_backend.kernels.program import NO_PROGRAM, Program
+from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager
+from tests.kernels.implementations import DTYPES, GPU_MARKS, Value, split
+from tests.kernels.layouts import laid_out, unflattened
+
+PROCESSORS = 132
+ON_HOPPER = pytest.param("cuda", marks=GPU_MARKS)
+
+
+@pytest.fixture(params=[ON_HOPPER])
+def gpu(request: pytest.FixtureRequest) -> str:
+    """Its name, where that is a Hopper with a triton that knows it."""
+    if not is_hopper(torch.device("cuda", 0)):
+        pytest.skip("no Hopper")
+    pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+    torch.cuda.empty_cache()
+    return request.param
+
+
+def launched(
+    y: torch.Tensor,
+    conv: Conv,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    values: Sequence[Value],
+    config: Config,
+    processors: int = PROCESSORS,
+    program: Program = NO_PROGRAM,
+) -> None:
+    problem = problem_for(x, weight, conv.axes, conv.groups, True, True)
+    assert why_not(problem) is None
+    cut = product_for(problem, x.shape, config, processors)
+    assert why_not_shape(problem, x.shape, cut) is None
+    launch(y, x, pack(weight, problem, config), problem, cut, coefficients_for(y, *split(values)), program)
+
+
+def check(conv: Conv, dtype: torch.dtype, config: Config, processors: int = PROCESSORS) -> None:
+    """Memory is NaN before, and must still be to both sides of y."""
+    x, weight = conv.tensors(dtype, "cuda", True)
+    values = coefficients(conv.C_out, "cuda")
+    memory = torch.full((math.prod(conv.y) + 128,), math.nan, dtype=x.dtype, device=x.device)
+    y = unflattened(memory[64:-64], conv.y, True)
+    launched(y, conv, x, weight, values, config, processors)
+    assert memory[:64].isnan().all() and memory[-64:].isnan().all()
+    assert_close(y, x, weight, conv, values, tf32=True)
+
+
+KINDS = {
+    "dcgan": Conv((5, 256, 16, 16), 128, (4,), (2,), (1,)),
+    "odd": Conv((3, 72, 5, 7), 40, (3,), (2,), (1,)),  # blocks of channels that are not full, and few taps
+    "k2s2": Conv((2, 128, 9, 11), 96, (2,), (2,)),
+    "k3s1": Conv((2, 64, 9, 11), 64, (3,), (1,), (1,)),
+    "k1s3": Conv((2, 64, 5, 7), 64, (1,), (3,), (0,), (2,)),  # outputs without a tap
+    "dilated": Conv((2, 64, 9, 11), 64, (3,), (2,), (2,), (1,), (3,)),
+    "both": Conv((2, 64, 9, 11), 64, (4,), (2,), (1,), (0,), (2,)),  # phases without a tap
+    "mixed": Conv((2, 80, 9, 11), 72, (3, 4), (1, 2), (1, 1)),
+    "hifigan": Conv((3, 128, 37), 192, (16,), (8,), (4,)),
+    "k5s3_1d": Conv((70, 64, 3), 64, (5,), (3,), (1,), (1,)),  # many short rows in a tile
+    "k3s2_3d": Conv((2, 64, 3, 4, 5), 64, (3,), (2,), (1,), (1,)),
+    "flat_3d": Conv((1, 64, 2, 3, 9), 264, (1, 3, 3), (1, 2, 2), (0, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_in_every_configuration(gpu: str, name: str, dtype: torch.dtype) -> None:
+    """By as many programs as there are multiprocessors, and by few that walk over many tiles."""
+    conv = KINDS[name]
+    fitting = configs_for(problem_of(conv, dtype))
+    assert fitting
+    for config in fitting:
+        check(conv, dtype, config)
+    check(conv, dtype, fitting[-1], 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_element_is_ever_wrong_in_60_launches(gpu: str, dtype: torch.dtype) -> None:
+    """At full size, for every configuration: sums of whole numbers are exact, whatever their order."""
+    conv = PUBLIC["dcgan_64"]
+    x, weight, shift = conv.whole_numbers(dtype, "cuda", 1)
+    x = laid_out(x, True)
+    y = laid_out(torch.empty(conv.y, device="cuda", dtype=dtype), True)
+    expected = reference(x.float(), weight.float(), conv.axes, shift=shift).to(dtype)
+    for config in configs_for(problem_of(conv, dtype)):
+        wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        for _ in range(60):
+            y.fill_(math.nan)
+            launched(y, conv, x, weight, (None, shift), config)
+            wrong += (y != expected).sum()
+        assert wrong.item() == 0, config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_as_accurate_as_cudnn(gpu: str, dtype: torch.dtype) -> None:
+    """Without the tail, which only adds roundings to eager's result."""
+    conv = PUBLIC["dcgan_64"]
+    x, weight = conv.tensors(dtype, "cuda", True)
+    exact = eager(x.double(), weight.double(), conv)
+    theirs = ((eager(x, weight, conv).double() - exact).square().mean()).sqrt()
+    for config in configs_for(problem_of(conv, dtype)):
+        y = laid_out(torch.empty(conv.y, device="cuda", dtype=dtype), True)
+        launched(y, conv, x, weight, (), config)
+        assert (y.double() - exact).square().mean().sqrt() <= 1.1 * theirs
+
+
+def test_nan_goes_to_the_outputs_it_belongs_to_and_infinities_clamp(gpu: str) -> None:
+    conv = KINDS["k2s2"]
+    x, weight = conv.tensors(torch.float32, "cuda", True)
+    weight = weight.abs() + 0.1
+    x[0, 3, 4, 5], x[1, 3, 4, 5] = math.nan, math.inf
+    values = (None, None, -1.0, 1.0)
+    y = laid_out(torch.empty(conv.y, device="cuda"), True)
+    launched(y, conv, x, weight, values, CONFIGS[-1])
+    assert y[0, :, 8:10, 10:12].isnan().all() and y.isnan().sum() == 4 * conv.C_out
+    assert (y[1, :, 8:10, 10:12] == 1.0).all()
+
+
+@pytest.mark.parametrize("text", ["silu v0", "affine v0 2.0 c0 - -; gelu v1", "tanh v0; mul v1 v0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_programs(gpu: str, dtype: torch.dtype, text: str) -> None:
+    conv = KINDS["odd"]
+    x, weight = conv.tensors(dtype, "cuda", True)
+    shift = torch.randn(conv.C_out, device="cuda")
+    program = Program(text, torch.randn(conv.C_out, 1, device="cuda") if "c0" in text else None)
+    y = laid_out(torch.full(conv.y, math.nan, device="cuda", dtype=dtype), True)
+    launched(y, conv, x, weight, (None, shift), CONFIGS[-1], program=program)
+    exact = reference(x.double(), weight.double(), conv.axes, shift=shift.double(), program=program)
+    relative = ((y.double() - exact).norm() / exact.norm()).item()
+    assert relative < (2e-3 if dtype == torch.float32 else 8e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("from_last", "to_last"), [(a, b) for a in (False, True) for b in (False, True)])
+@pytest.mark.parametrize("name", ["dcgan", "hifigan", "k3s2_3d"])
+def test_the_general_operator_runs_it_by_its_name(
+    gpu: str, name: str, from_last: bool, to_last: bool, dtype: torch.dtype
+) -> None:
+    """With the passes that turn x, and the result back."""
+    conv = KINDS[name]
+    x, weight = conv.tensors(dtype, "cuda", from_last)
+    values = coefficients(conv.C_out, "cuda")
+    problem = problem_for(x, weight, conv.axes, 1, to_last, True)
+    plan = next(plan for plan in plans_for(problem) if plan.is_product)
+    assert (plan.turned, plan.back) == (not from_last, not to_last)
+    sizes = [[getattr(axis, each) for axis in conv.axes] for each in kernels.AXIS]
+    tensors, numbers = split(values)
+    compiled = torch.compile(conv_transpose, fullgraph=True)
+    with mock.patch.object(hopper_product, "launch", side_effect=launch) as launches:
+        for run in (conv_transpose, compiled):
+            y = run(x, weight, *sizes, 1, *tensors, *numbers, to_last, True, plan.name)
+            assert y.movedim(1, -1).is_contiguous() if to_last else y.is_contiguous()
+            assert_close(y, x, weight, conv, values, tf32=True)
+        assert launches.call_count == 2 and not hopper._broken
+
+
+def problem_of(conv: Conv, dtype: torch.dtype, x_last: bool = True, out_last: bool = True) -> Problem:
+    """As on an H200."""
+    x, weight = conv.tensors(torch.float32, "cpu")
+    found = problem_for(x, weight, conv.axes, conv.groups, out_last, True)
+    tf32 = dtype == torch.float32
+    return replace(found, dtype=dtype, x_last=x_last, hopper=True, tf32=tf32, exact=False, shared_limit=227 * 1024)
+
+
+DCGAN = PUBLIC["dcgan_64"]
+REASONS = [
+    (replace(DCGAN, groups=2), {}, "it has 2 groups"),
+    (DCGAN, {"out_last": False}, "x and the result are not both channels_last"),
+    (DCGAN, {"tensors": 1}, "a program reads a tensor of the result's shape"),
+    (DCGAN, {"prologue": True}, "something is done to x first, and the copy engine brings it as it is"),
+    (DCGAN, {"tf32": False}, "float32 without TF32 has no tensor cores"),
+    (
+        replace(DCGAN, x=(8, 24, 16, 16)),
+        {},
+        "pixels of 24 channels are not 128 bytes or more, in multiples of 16",
+    ),
+    (replace(DCGAN, C_out=32), {}, "32 output channels are too few, or 232448 bytes of shared memory"),
+]
+
+
+@pytest.mark.parametrize(("conv", "options", "reason"), REASONS, ids=[reason for *_, reason in REASONS])
+def test_says_what_it_does_not_take(conv: Conv, options: dict[str, bool], reason: str) -> None:
+    assert why_not(replace(problem_of(conv, torch.float32), **options)) == reason
+
+
+def test_says_that_images_are_too_large_for_31_bits() -> None:
+    problem = problem_of(DCGAN, torch.bfloat16)
+    shape = (1, 256, 4096, 4096)
+    reason = why_not_shape(problem, shape, product_for(problem, shape, CONFIGS[0], PROCESSORS))
+    assert str(reason).startswith("the images of a tile have 8589934592 elements")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_boxes_cover_every_position_and_no_box_is_empty(name: str, config: Config) -> None:
+    conv = KINDS[name]
+    problem = problem_of(conv, torch.bfloat16)
+    cut = product_for(problem, conv.x, config, PROCESSORS)
+    assert math.prod(cut.box) == config.rows and all(edge <= 256 for edge in cut.box)
+    axes = (Axis(),) * (3 - conv.rank) + conv.axes
+    sizes = (*(1,) * (5 - len(conv.y)), *conv.y[2:])
+    spans = (conv.y[0], *(-(-size // axis.stride) for size, axis in zip(sizes, axes, strict=True)))
+    for span, edge, boxes in zip(spans, cut.box, cut.boxes, strict=True):
+        assert (boxes - 1) * edge < span <= boxes * edge
+
+
+def test_plans_turn_what_is_not_channels_last() -> None:
+    for x_last in (False, True):
+        for out_last in (False, True):
+            problem = problem_of(DCGAN, torch.float32, x_last, out_last)
+            products = [plan for plan in plans_for(problem) if plan.is_product]
+            assert [plan.config for plan in products] == list(configs_for(problem_of(DCGAN, torch.float32)))
+            expected = f"{'' if x_last else 'turned '}product 256x128{'' if out_last else ', turned back'}"
+            assert products[0].name == expected and products[0].is_hopper
+            assert plan_named(problem, expected) == products[0]
+            assert products[0].packed_bytes(problem) == 16 * 128 * 256 * 4
+    assert not any(plan.is_product for plan in plans_for(replace(problem_of(DCGAN, torch.float32), hopper=False)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packs_every_value_once_and_zeros_beyond(dtype: torch.dtype) -> None:
+    conv = KINDS["odd"]
+    problem = problem_of(conv, dtype)
+    weight = torch.arange(72 * 40 * 9, dtype=torch.float64).reshape(72, 40, 3, 3).to(dtype)
+    packed = pack(weight, replace(problem, tf32=False), CONFIGS[-1])
+    assert packed.shape == (9 * packed_shape(problem, CONFIGS[-1])[0], packed_shape(problem, CONFIGS[-1])[1])
+    assert packed.flatten().sort().values[-weight.numel() :].equal(weight.flatten().sort().values)
+    assert packed.count_nonzero() == weight.count_nonzero()
