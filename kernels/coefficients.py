@@ -29,6 +29,15 @@ class Coefficients:
     present: tuple[bool, ...]
 
     @property
+    def kinds(self) -> tuple[int, int, int, int]:
+        """What a kernel is compiled for, of each: 0 none, 1 a number, 2 a tensor."""
+        scale, shift, lo, hi = (
+            (2 if tensor is not None else 1) if there else 0
+            for tensor, there in zip(self.tensors, self.present, strict=True)
+        )
+        return scale, shift, lo, hi
+
+    @property
     def values(self) -> list[Coefficient]:
         """What a reference is told: None for a coefficient that is not there."""
         together = zip(self.tensors, self.numbers, self.present, strict=True)

@@ -656,13 +656,20 @@ def run(
         packed = pack_for(plan, weight, problem)
         if plan.turned:
             x = turned_by(x, True, prologue)
-        axes_of = tuple([int(getattr(axis, name)) for axis in axes] for name in AXIS)
-        given = (x, weight, packed, *axes_of, *tensors, *numbers)
-        rest = (out_last or plan.back, allow_tf32, plan.config.name)
+        axes_of = tuple(tuple(int(getattr(axis, name)) for axis in axes) for name in AXIS)
+        flags = None if gate is None else (gate.lo_open, gate.hi_open, gate.passes_nan)
+        how = (
+            numbers,
+            out_last or plan.back,
+            allow_tf32,
+            replace(plan, turned=False, back=False).name,
+            program.text,
+            flags,
+        )
+        call = hopper.Call(axes_of, *how).text
         if gate is not None:
-            flags = (gate.lo_open, gate.hi_open, gate.passes_nan)
-            return hopper_training.conv_transpose_hopper_training(*given, *flags, *rest)
-        y = hopper.conv_transpose_hopper(*given, *rest, program.text, program.vectors)
+            return hopper_training.conv_transpose_hopper_training(x, weight, packed, *tensors, call)
+        y = hopper.conv_transpose_hopper(x, weight, packed, *tensors, program.vectors, call)
         return turned_by(y, False) if plan.back else y, y.new_empty(0, dtype=torch.uint8)
     out = empty((x.shape[0], C_out, *sizes), x, out_last)
     bits = out.new_empty(0 if gate is None else cdiv(out.numel(), 8), dtype=torch.uint8)

@@ -9,9 +9,11 @@ Gluon is an experimental part of triton: it is imported at the first launch, and
 launch fails, the operator says so once and goes on with ``conv_transpose``'s other kernels.
 """
 
+import functools
+import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,13 +21,12 @@ import torch
 from fusion_backend.kernels import hopper_blocks, hopper_march, hopper_product, hopper_strips
 from fusion_backend.kernels.arguments import axes_for, check_inputs
 from fusion_backend.kernels.coefficients import Numbers, Tensors, check_coefficients, coefficients_for
-from fusion_backend.kernels.gate import EVERYTHING, Gate
 from fusion_backend.kernels.hopper_blocks import Product, product_for
-from fusion_backend.kernels.hopper_descriptor import why_no_gluon
+from fusion_backend.kernels.hopper_launch import why_no_gluon
 from fusion_backend.kernels.hopper_strips import CONFIGS, Config, March, configs_for, has_room, march_for
 from fusion_backend.kernels.layout import empty, is_channels_last
 from fusion_backend.kernels.problem import Problem, is_hopper, problem_for
-from fusion_backend.kernels.program import NO_PROGRAM, Program, check_program
+from fusion_backend.kernels.program import Program, check_program
 from fusion_backend.kernels.rounding import cdiv
 
 log = logging.getLogger(__name__)
@@ -33,16 +34,45 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Call:
-    """What a call works out from everything but values, kept because a small site takes less time than that."""
+    """What a call is asked for besides tensors. An operator takes it as one text: each argument costs the host time."""
 
+    axes: tuple[tuple[int, ...], ...]  # stride, padding, output padding and dilation, as ``axes_for`` takes them
+    numbers: Numbers
+    channels_last: bool
+    allow_tf32: bool
+    plan: str
+    program: str = ""
+    gate: tuple[bool, bool, bool] | None = None  # lo_open, hi_open, passes_nan
+
+    @property
+    def text(self) -> str:
+        return json.dumps(asdict(self))
+
+
+@functools.lru_cache(maxsize=1024)
+def call_of(text: str) -> Call:
+    read: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
+    }
+    return Call(**read | {"axes": tuple(map(tuple, read["axes"]))})
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a call works out from everything but values, kept because a small site takes less time than that.
+
+    ``prepared``: launches and their numbers, for each set of coefficients that are tensors.
+    """
+
+    call: Call
     shape: tuple[int, ...]
-    out_last: bool
     problem: Problem
     cut: March | Product
+    prepared: dict[tuple[bool, ...], tuple[hopper_march.Prepared | hopper_product.Prepared, tuple[float, ...]]]
 
 
 # For each kind of call; None where ``conv_transpose`` takes it.
-_calls: dict[Any, Call | None] = {}
+_ready: dict[Any, Ready | None] = {}
 MOST_CALLS = 1024
 UNKNOWN: Any = object()
 
@@ -50,62 +80,55 @@ UNKNOWN: Any = object()
 _broken: list[str] = []
 
 
-def _call(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    axes_of: tuple[Any, ...],
-    out_last: bool,
-    allow_tf32: bool,
-    plan: str,
-    bits: bool,
-    columns: int,
-) -> Call | None:
+def _get_ready(x: torch.Tensor, weight: torch.Tensor, call: Call, columns: int) -> Ready | None:
     """None where no kernel here takes it. Raises as ``conv_transpose`` does. ``columns``: of a program's vectors."""
     check_inputs(x, weight, 1)
-    axes = axes_for(x.dim() - 2, weight.shape[2:], *axes_of)
+    axes = axes_for(x.dim() - 2, weight.shape[2:], *call.axes)
     sizes = [axis.output_size(size) for axis, size in zip(axes, x.shape[2:], strict=True)]
     if not is_hopper(x.device) or min(sizes) < 1:
         return None
-    problem = problem_for(x, weight, axes, 1, out_last, allow_tf32)
+    problem = problem_for(x, weight, axes, 1, call.channels_last, call.allow_tf32)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    cut = why_no_gluon()
-    if cut is None and plan in {config.name for config in hopper_blocks.CONFIGS}:
-        cut = _product(problem, x.shape, plan, bits, processors)
+    cut: March | Product | str | None = why_no_gluon()
+    if cut is None and call.plan in {config.name for config in hopper_blocks.CONFIGS}:
+        cut = _product(problem, x.shape, call, processors)
     elif cut is None:
-        cut = _march(problem, x.shape, sizes[-1], plan, bits, columns, processors)
+        cut = _march(problem, x.shape, sizes[-1], call, columns, processors)
     if isinstance(cut, str):
         log.debug("not for a kernel on Hopper: %s", cut)
         return None
-    return Call((x.shape[0], problem.C_out, *sizes), out_last, problem, cut)
+    assert cut is not None, "why_no_gluon has nothing to say"
+    return Ready(call, (x.shape[0], problem.C_out, *sizes), problem, cut, {})
 
 
-def _product(problem: Problem, shape: Sequence[int], plan: str, bits: bool, processors: int) -> Product | str:
+def _product(problem: Problem, shape: Sequence[int], call: Call, processors: int) -> Product | str:
     """Or why it cannot be."""
-    reason = "it writes no bits" if bits else hopper_blocks.why_not(problem)
+    reason = "it writes no bits" if call.gate else hopper_blocks.why_not(problem)
     if reason is not None:
         return reason
     fitting = hopper_blocks.configs_for(problem)
-    config = next((config for config in fitting if config.name == plan), None)
+    config = next((config for config in fitting if config.name == call.plan), None)
     if config is None:
-        raise ValueError(f"plan is {plan!r}; allowed for this convolution are {[config.name for config in fitting]}")
+        known = [config.name for config in fitting]
+        raise ValueError(f"plan is {call.plan!r}; allowed for this convolution are {known}")
     cut = product_for(problem, shape, config, processors)
     return hopper_blocks.why_not_shape(problem, shape, cut) or cut
 
 
 def _march(
-    problem: Problem, shape: Sequence[int], W_out: int, plan: str, bits: bool, columns: int, processors: int
+    problem: Problem, shape: Sequence[int], W_out: int, call: Call, columns: int, processors: int
 ) -> March | str:
     """Or why it cannot be."""
     reason = hopper_strips.why_not(problem)
     if reason is not None:
         return reason
-    config = _config(problem, plan)
+    config = _config(problem, call.plan)
     if config is None:
-        return f"{plan!r} is for an x of another layout"
+        return f"{call.plan!r} is for an x of another layout"
     if not has_room(problem, config, columns):
         return f"there is no room for {columns} vectors"
-    march = march_for(problem, shape, config, processors, bits=bits)
-    if bits and (reason := hopper_strips.why_no_bits(problem, W_out)):
+    march = march_for(problem, shape, config, processors, bits=call.gate is not None)
+    if call.gate and (reason := hopper_strips.why_no_bits(problem, W_out)):
         return reason
     return hopper_strips.why_not_shape(problem, shape, march) or march
 
@@ -135,42 +158,33 @@ def run(
     x: torch.Tensor,
     weight: torch.Tensor,
     packed: torch.Tensor,
-    axes_of: tuple[tuple[int, ...], ...],
     tensors: Tensors,
-    numbers: Numbers,
-    channels_last: bool,
-    allow_tf32: bool,
-    plan: str,
-    gate: Gate | None = None,
-    program: Program = NO_PROGRAM,
+    vectors: torch.Tensor | None,
+    text: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """What ``conv_transpose`` returns and, with a gate, its bits; None where it cannot run after all."""
-    x_last = is_channels_last(x)
-    if x_last is None:
-        x, x_last = x.clone(memory_format=torch.contiguous_format), False
-    columns = 0 if program.vectors is None else int(program.vectors.shape[-1])
-    given = (x.shape, x.dtype, x.device, x_last, weight.shape, weight.dtype, weight.device)
-    key = (*given, axes_of, channels_last, allow_tf32, plan, gate is None, columns)
-    call = _calls.get(key, UNKNOWN)
-    if call is UNKNOWN:
-        if len(_calls) >= MOST_CALLS:
-            _calls.clear()
-        rest = (channels_last, allow_tf32, plan, gate is not None, columns)
-        call = _calls[key] = _call(x, weight, axes_of, *rest)
-    if call is None or _broken or (x_last and x.data_ptr() % hopper_strips.COPY_BYTES):
+    if is_channels_last(x) is None:
+        x = x.clone(memory_format=torch.contiguous_format)
+    columns = 0 if vectors is None else vectors.shape[-1]
+    key = (text, x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.dtype, weight.device, columns)
+    ready = _ready.get(key, UNKNOWN)
+    if ready is UNKNOWN:
+        if len(_ready) >= MOST_CALLS:
+            _ready.clear()
+        ready = _ready[key] = _get_ready(x, weight, call_of(text), columns)
+    if ready is None or _broken or (ready.problem.x_last and x.data_ptr() % hopper_strips.COPY_BYTES):
         return None
-    check_coefficients(call.problem.C_out, x.device, tensors)
-    if program.text:
-        check_program(program, call.problem.C_out, x.device)
-    out = empty(call.shape, x, channels_last)
-    bits = None if gate is None else out.new_empty(cdiv(out.numel(), 8), dtype=torch.uint8)
-    coefficients = coefficients_for(out, tensors, numbers)
+    call = ready.call
+    check_coefficients(ready.problem.C_out, x.device, tensors)
+    if call.program:
+        check_program(Program(call.program, vectors), ready.problem.C_out, x.device)
+    out = empty(ready.shape, x, call.channels_last)
+    bits = None if call.gate is None else out.new_empty(cdiv(out.numel(), 8), dtype=torch.uint8)
+    if out.numel() == 0:
+        return out, bits
     try:
-        given = (out, x, packed.contiguous(), call.problem)
-        if isinstance(call.cut, Product):
-            hopper_product.launch(*given, call.cut, coefficients, program)
-        else:
-            hopper_march.launch(*given, call.cut, coefficients, bits, gate or EVERYTHING, program)
+        prepared, tensors, numbers = _prepared(ready, x, out, tensors)
+        prepared.launch(out, x, packed.contiguous(), tensors, numbers, vectors, bits)
     except torch.OutOfMemoryError:
         raise
     except Exception as raised:  # an experimental interface: anything may have changed
@@ -179,57 +193,59 @@ def run(
     return out, bits
 
 
+def _prepared(ready: Ready, x: torch.Tensor, out: torch.Tensor, tensors: Tensors) -> tuple[Any, Tensors, Any]:
+    """The launch, and its coefficients. Kept, unless a number that a kernel cannot be told becomes a tensor."""
+    given = tuple(tensor is None for tensor in tensors)
+    if given in ready.prepared:
+        prepared, numbers = ready.prepared[given]
+        return prepared, tensors, numbers
+    call, coefficients = ready.call, coefficients_for(out, tensors, ready.call.numbers)
+    module = hopper_product if isinstance(ready.cut, Product) else hopper_march
+    prepare: Any = module.prepare
+    prepared = prepare(ready.problem, ready.cut, tuple(x.shape), coefficients.kinds, call.gate, call.program)
+    if given == tuple(tensor is None for tensor in coefficients.tensors):
+        ready.prepared[given] = prepared, coefficients.numbers
+    return prepared, coefficients.tensors, coefficients.numbers  # type: ignore[return-value]
+
+
 def _conv_transpose_hopper(
     x: torch.Tensor,
     weight: torch.Tensor,
     packed: torch.Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    dilation: Sequence[int],
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     lo: torch.Tensor | None,
     hi: torch.Tensor | None,
-    scale_number: float,
-    shift_number: float,
-    lo_number: float | None,
-    hi_number: float | None,
-    channels_last: bool,
-    allow_tf32: bool,
-    plan: str,
-    program: str = "",
-    vectors: torch.Tensor | None = None,
+    vectors: torch.Tensor | None,
+    call: str,
 ) -> torch.Tensor:
-    """What ``conv_transpose`` computes with the configuration of this name, and without groups.
+    """What ``conv_transpose`` computes of these tensors, without groups, for the text of a ``Call``.
 
-    ``packed`` is what its ``pack`` returns; ``program`` reads no tensors. Where it cannot run after all,
-    ``conv_transpose`` does by its own rule, and packs ``weight``; arguments, result and errors are those of
-    ``conv_transpose``. Inductor may give any of the tensors in another layout than it was traced with.
+    ``packed`` is what the ``pack`` of the plan's kernel returns; the program reads no tensors. Where the kernel cannot
+    run after all, ``conv_transpose`` does by its own rule, and packs ``weight``; arguments, result and errors are those
+    of ``conv_transpose``. Inductor may give any of the tensors in another layout than it was traced with.
     """
     tensors: Tensors = (scale, shift, lo, hi)
-    numbers = (scale_number, shift_number, lo_number, hi_number)
-    axes_of = tuple(tuple(sizes) for sizes in (stride, padding, output_padding, dilation))
     vectors = None if vectors is None else vectors.contiguous()
-    steps = Program(program, vectors) if program else NO_PROGRAM
-    ran = run(x, weight, packed, axes_of, tensors, numbers, channels_last, allow_tf32, plan, None, steps)
+    ran = run(x, weight, packed, tensors, vectors, call)
     if ran is not None:
         return ran[0]
-    return torch.ops.fused_post.conv_transpose.default(
-        x, weight, *axes_of, 1, *tensors, *numbers, channels_last, allow_tf32, None, program, vectors
-    )
+    asked = call_of(call)
+    how = (asked.channels_last, asked.allow_tf32, None, asked.program, vectors)
+    return torch.ops.fused_post.conv_transpose.default(x, weight, *asked.axes, 1, *tensors, *asked.numbers, *how)
 
 
 def fake(
-    x: torch.Tensor, weight: torch.Tensor, axes_of: Sequence[Sequence[int]], tensors: Tensors, channels_last: bool
+    x: torch.Tensor, weight: torch.Tensor, tensors: Tensors, vectors: torch.Tensor | None, call: Call
 ) -> torch.Tensor:
     """A result without values."""
     check_inputs(x, weight, 1)
     C_out = weight.shape[1]
     check_coefficients(C_out, x.device, tensors)
-    axes = axes_for(x.dim() - 2, weight.shape[2:], *axes_of)
+    check_program(Program(call.program, vectors), C_out, x.device)
+    axes = axes_for(x.dim() - 2, weight.shape[2:], *call.axes)
     sizes = [axis.output_size(size) for axis, size in zip(axes, x.shape[2:], strict=True)]
-    return empty((x.shape[0], C_out, *sizes), x, channels_last)
+    return empty((x.shape[0], C_out, *sizes), x, call.channels_last)
 
 
 # Not by custom_op, whose layers take the host longer than everything here.
@@ -245,23 +261,11 @@ def _(
     x: torch.Tensor,
     weight: torch.Tensor,
     packed: torch.Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    dilation: Sequence[int],
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     lo: torch.Tensor | None,
     hi: torch.Tensor | None,
-    scale_number: float,
-    shift_number: float,
-    lo_number: float | None,
-    hi_number: float | None,
-    channels_last: bool,
-    allow_tf32: bool,
-    plan: str,
-    program: str = "",
-    vectors: torch.Tensor | None = None,
+    vectors: torch.Tensor | None,
+    call: str,
 ) -> torch.Tensor:
-    check_program(Program(program, vectors), weight.shape[1], x.device)
-    return fake(x, weight, (stride, padding, output_padding, dilation), (scale, shift, lo, hi), channels_last)
+    return fake(x, weight, (scale, shift, lo, hi), vectors, call_of(call))

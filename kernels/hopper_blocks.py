@@ -193,7 +193,7 @@ def neighbours_of(problem: Problem) -> int:
     return 8 // problem.dtype.itemsize
 
 
-def form_for(problem: Problem, rank: int, cut: Product, present: tuple[bool, ...], program: str) -> Form:
+def form_for(problem: Problem, rank: int, cut: Product, present: tuple[bool, bool, bool, bool], program: str) -> Form:
     axes: tuple[Axis, ...] = problem.axes
 
     def along(name: str) -> tuple[int, int, int]:
@@ -220,6 +220,6 @@ def form_for(problem: Problem, rank: int, cut: Product, present: tuple[bool, ...
         slots=cut.slots,
         tf32=problem.tf32,
         neighbours=neighbours_of(problem),
-        present=present,  # type: ignore[arg-type]
+        present=present,
         program=program,
     )

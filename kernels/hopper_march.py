@@ -15,6 +15,7 @@ its edge x counts as zero, so a weight that is not finite makes NaN there. ``hop
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,8 @@ import torch
 from fusion_backend.kernels import packing
 from fusion_backend.kernels.coefficients import Coefficients
 from fusion_backend.kernels.gate import EVERYTHING, Gate
-from fusion_backend.kernels.hopper_descriptor import descriptor, gluon_language
 from fusion_backend.kernels.hopper_form import Form
+from fusion_backend.kernels.hopper_launch import descriptor, gluon_language, launched
 from fusion_backend.kernels.hopper_strips import Config, March, form_for
 from fusion_backend.kernels.launching import unit_of
 from fusion_backend.kernels.packing import Packing
@@ -66,9 +67,27 @@ class Prepared:
     sizes: tuple[int, ...]
     compiled: dict[Any, Any]
 
+    def launch(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        tensors: Sequence[torch.Tensor | None],
+        numbers: Sequence[float],
+        vectors: torch.Tensor | None = None,
+        bits: torch.Tensor | None = None,
+    ) -> Any:
+        """Fill ``out``, which is not empty. Returns the compiled kernel."""
+        form = self.form
+        weight = descriptor(packed, packed.shape, (form.depth, 1), (form.channels, form.depth), self.weight_layout)
+        copied = descriptor(x, self.x_shape, self.x_strides, form.tile, self.x_layout) if form.x_last else None
+        given = (*tensors, vectors, *self.sizes, *numbers, self.x_layout, form)
+        args = (out, bits, None if form.x_last else x, copied, weight, *given)
+        return launched(_kernel, self.grid, args, self.compiled, (out, bits, x, packed, *tensors, vectors))
+
 
 @functools.lru_cache(maxsize=256)
-def _prepare(
+def prepare(
     problem: Problem,
     march: March,
     shape: tuple[int, ...],
@@ -76,6 +95,7 @@ def _prepare(
     gate: tuple[bool, bool, bool] | None,
     program: str,
 ) -> Prepared:
+    """For an x of ``shape``, coefficients of these ``kinds``, and bits of a gate where there is one."""
     gl = gluon_language()
     N, _, *sizes = shape
     R, M, W = turned(problem, three_sizes(sizes))
@@ -120,39 +140,5 @@ def launch(
     if out.numel() == 0:
         return None
     flags = None if bits is None else (gate.lo_open, gate.hi_open, gate.passes_nan)
-    prepared = _prepare(problem, march, tuple(x.shape), _kinds(coefficients), flags, program.text)
-    form = prepared.form
-    weight = descriptor(packed, packed.shape, (form.depth, 1), (form.channels, form.depth), prepared.weight_layout)
-    copied = None
-    if form.x_last:
-        copied = descriptor(x, prepared.x_shape, prepared.x_strides, form.tile, prepared.x_layout)
-    args = (
-        out,
-        bits,
-        None if form.x_last else x,
-        copied,
-        weight,
-        *coefficients.tensors,
-        program.vectors,
-        *prepared.sizes,
-        *coefficients.numbers,
-        prepared.x_layout,
-        form,
-    )
-    # The launcher of triton's own works out what it compiles for at each call, which takes longer than a small site.
-    tensors = (out, bits, x, packed, *coefficients.tensors, program.vectors)
-    key = (out.device.index, *(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors))
-    compiled = prepared.compiled.get(key)
-    if compiled is None:
-        compiled = prepared.compiled[key] = _kernel()[prepared.grid](*args, num_warps=4)
-    else:
-        compiled[prepared.grid](*args)
-    return compiled
-
-
-def _kinds(coefficients: Coefficients) -> tuple[int, int, int, int]:
-    scale, shift, lo, hi = (
-        (2 if tensor is not None else 1) if there else 0
-        for tensor, there in zip(coefficients.tensors, coefficients.present, strict=True)
-    )
-    return scale, shift, lo, hi
+    prepared = prepare(problem, march, tuple(x.shape), coefficients.kinds, flags, program.text)
+    return prepared.launch(out, x, packed, coefficients.tensors, coefficients.numbers, program.vectors, bits)

@@ -9,6 +9,8 @@ x is rounded to TF32 in registers, where the product is that, and the weight as 
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from fusion_backend.kernels import hopper_blocks, packing
 from fusion_backend.kernels.coefficients import Coefficients
 from fusion_backend.kernels.hopper_blocks import Config, Form, Product, form_for
-from fusion_backend.kernels.hopper_descriptor import descriptor, gluon_language
+from fusion_backend.kernels.hopper_launch import descriptor, gluon_language, launched
 from fusion_backend.kernels.packing import Packing
 from fusion_backend.kernels.problem import Problem
 from fusion_backend.kernels.program import NO_PROGRAM, Program
@@ -51,29 +53,53 @@ class Prepared:
     x_layout: Any
     x_shape: tuple[int, ...]
     x_strides: tuple[int, ...]
+    grid: tuple[int, int, int]
     sizes: tuple[int, ...]
     compiled: dict[Any, Any]
 
+    def launch(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        tensors: Sequence[torch.Tensor | None],
+        numbers: Sequence[float],
+        vectors: torch.Tensor | None = None,
+        bits: torch.Tensor | None = None,
+    ) -> Any:
+        """Fill ``out``, which is not empty; there are no ``bits``. Returns the compiled kernel."""
+        form, shape = self.form, packed.shape
+        weight = descriptor(packed, shape, (shape[1], 1), (form.columns, form.depth), self.weight_layout)
+        copied = descriptor(x, self.x_shape, self.x_strides, form.tile, self.x_layout)
+        args = (out, copied, weight, *tensors, vectors, *self.sizes, *numbers, self.x_layout, form)
+        return launched(_kernel, self.grid, args, self.compiled, (out, packed, *tensors, vectors))
+
 
 @functools.lru_cache(maxsize=256)
-def _prepare(
-    problem: Problem, cut: Product, shape: tuple[int, ...], present: tuple[bool, ...], program: str
+def prepare(
+    problem: Problem,
+    cut: Product,
+    shape: tuple[int, ...],
+    kinds: tuple[int, int, int, int],
+    gate: tuple[bool, bool, bool] | None,
+    program: str,
 ) -> Prepared:
+    """For an x of ``shape`` and coefficients of these ``kinds``; there is no ``gate``."""
+    assert gate is None, "the product writes no bits"
     gl = gluon_language()
     N, C, *sizes = shape
-    form = form_for(problem, len(sizes), cut, present, program)
+    scale, shift, lo, hi = (kind != 0 for kind in kinds)
+    form = form_for(problem, len(sizes), cut, (scale, shift, lo, hi), program)
     element = getattr(gl, str(problem.dtype).removeprefix("torch."))
     layout = gl.NVMMASharedLayout.get_default_for
     x_shape = (N, *sizes, C)
-    strides = [1]
-    for size in reversed(x_shape[1:]):
-        strides.append(strides[-1] * size)
     return Prepared(
         form,
         layout([form.columns, form.depth], element),
         layout(list(form.tile), element),
         x_shape,
-        tuple(reversed(strides)),
+        tuple(math.prod(x_shape[i + 1 :]) for i in range(len(x_shape))),
+        (cut.grid, 1, 1),
         (N, *three_sizes(sizes), *cut.boxes[1:], cut.total),
         {},
     )
@@ -94,26 +120,5 @@ def launch(
     """
     if out.numel() == 0:
         return None
-    prepared = _prepare(problem, cut, tuple(x.shape), tuple(coefficients.present), program.text)
-    form = prepared.form
-    args = (
-        out,
-        descriptor(x, prepared.x_shape, prepared.x_strides, form.tile, prepared.x_layout),
-        descriptor(packed, packed.shape, packed.stride(), (form.columns, form.depth), prepared.weight_layout),
-        *coefficients.tensors,
-        program.vectors,
-        *prepared.sizes,
-        *coefficients.numbers,
-        prepared.x_layout,
-        form,
-    )
-    # The launcher of triton's own works out what it compiles for at each call, which takes longer than a small site.
-    tensors = (out, packed, *coefficients.tensors, program.vectors)
-    key = (out.device.index, *(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors))
-    grid = (cut.grid, 1, 1)
-    compiled = prepared.compiled.get(key)
-    if compiled is None:
-        compiled = prepared.compiled[key] = _kernel()[grid](*args, num_warps=4)
-    else:
-        compiled[grid](*args)
-    return compiled
+    prepared = prepare(problem, cut, tuple(x.shape), coefficients.kinds, None, program.text)
+    return prepared.launch(out, x, packed, coefficients.tensors, coefficients.numbers, program.vectors)

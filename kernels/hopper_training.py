@@ -1,13 +1,12 @@
 """The operator of the march on Hopper that also writes the bits of a gate: see ``hopper`` and ``gate``."""
 
-from collections.abc import Sequence
-
 import torch
 
 from fusion_backend.kernels import hopper
 from fusion_backend.kernels.arguments import axes_for
-from fusion_backend.kernels.coefficients import Numbers, Tensors
-from fusion_backend.kernels.gate import Gate, pack, unpack
+from fusion_backend.kernels.coefficients import Tensors
+from fusion_backend.kernels.gate import pack, unpack
+from fusion_backend.kernels.hopper import Call, call_of
 from fusion_backend.kernels.layout import empty, is_channels_last
 from fusion_backend.kernels.plans import choose_plan
 from fusion_backend.kernels.problem import problem_for
@@ -18,56 +17,34 @@ def _conv_transpose_hopper_training(
     x: torch.Tensor,
     weight: torch.Tensor,
     packed: torch.Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    dilation: Sequence[int],
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     lo: torch.Tensor | None,
     hi: torch.Tensor | None,
-    scale_number: float,
-    shift_number: float,
-    lo_number: float | None,
-    hi_number: float | None,
-    lo_open: bool,
-    hi_open: bool,
-    passes_nan: bool,
-    channels_last: bool,
-    allow_tf32: bool,
-    plan: str,
+    call: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What ``conv_transpose_hopper`` returns, and uint8 [ceil(numel / 8)] in its order of memory.
 
     Where the march cannot run after all, ``conv_transpose_training`` does, by the rule for the other kernels.
     """
     tensors: Tensors = (scale, shift, lo, hi)
-    numbers: Numbers = (scale_number, shift_number, lo_number, hi_number)
-    axes_of = tuple(tuple(sizes) for sizes in (stride, padding, output_padding, dilation))
-    gate = Gate(lo_open, hi_open, passes_nan)
-    ran = hopper.run(x, weight, packed, axes_of, tensors, numbers, channels_last, allow_tf32, plan, gate)
-    if ran is not None:
-        y, bits = ran
-        assert bits is not None, "there is a gate"
-        return y, bits
-    return _otherwise(x, weight, axes_of, tensors, numbers, gate, channels_last, allow_tf32)
+    ran = hopper.run(x, weight, packed, tensors, None, call)
+    if ran is None:
+        return _otherwise(x, weight, tensors, call_of(call))
+    y, bits = ran
+    assert bits is not None, "there is a gate"
+    return y, bits
 
 
 def _otherwise(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    axes_of: tuple[tuple[int, ...], ...],
-    tensors: Tensors,
-    numbers: Numbers,
-    gate: Gate,
-    channels_last: bool,
-    allow_tf32: bool,
+    x: torch.Tensor, weight: torch.Tensor, tensors: Tensors, call: Call
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    axes = axes_for(x.dim() - 2, weight.shape[2:], *axes_of)
+    assert call.gate is not None, "there is a gate"
+    channels_last, allow_tf32 = call.channels_last, call.allow_tf32
+    axes = axes_for(x.dim() - 2, weight.shape[2:], *call.axes)
     problem = problem_for(x, weight, axes, 1, channels_last, allow_tf32)
-    flags = (gate.lo_open, gate.hi_open, gate.passes_nan)
     y, bits = torch.ops.fused_post.conv_transpose_training.default(
-        x, weight, None, *axes_of, 1, *tensors, *numbers, *flags,
+        x, weight, None, *call.axes, 1, *tensors, *call.numbers, *call.gate,
         True, channels_last, allow_tf32, choose_plan(problem, tuple(x.shape)).name,
     )  # fmt: skip
     came_last = bool(is_channels_last(y))
@@ -88,25 +65,11 @@ def _(
     x: torch.Tensor,
     weight: torch.Tensor,
     packed: torch.Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    dilation: Sequence[int],
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     lo: torch.Tensor | None,
     hi: torch.Tensor | None,
-    scale_number: float,
-    shift_number: float,
-    lo_number: float | None,
-    hi_number: float | None,
-    lo_open: bool,
-    hi_open: bool,
-    passes_nan: bool,
-    channels_last: bool,
-    allow_tf32: bool,
-    plan: str,
+    call: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    axes_of = (stride, padding, output_padding, dilation)
-    y = hopper.fake(x, weight, axes_of, (scale, shift, lo, hi), channels_last)
+    y = hopper.fake(x, weight, (scale, shift, lo, hi), None, call_of(call))
     return y, y.new_empty(cdiv(y.numel(), 8), dtype=torch.uint8)

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from fusion_backend.kernels import conv_transpose as kernels
 from fusion_backend.kernels import hopper as on_hopper
-from fusion_backend.kernels import hopper_descriptor, hopper_march, hopper_training, problem
+from fusion_backend.kernels import hopper_launch, hopper_march, hopper_training, problem
 from fusion_backend.kernels.coefficients import coefficients_for
 from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.conv_transpose import conv_transpose, reference
@@ -23,7 +23,7 @@ from fusion_backend.kernels.conv_transpose_training import conv_transpose_traini
 from fusion_backend.kernels.gate import Gate, passes, unpack
 from fusion_backend.kernels.gate import pack as pack_bits
 from fusion_backend.kernels.hopper import conv_transpose_hopper
-from fusion_backend.kernels.hopper_descriptor import why_no_gluon
+from fusion_backend.kernels.hopper_launch import why_no_gluon
 from fusion_backend.kernels.hopper_march import launch, pack
 from fusion_backend.kernels.hopper_strips import (
     CONFIGS,
@@ -498,7 +498,7 @@ def test_says_that_images_are_too_large_for_31_bits() -> None:
 
 
 def test_says_where_triton_has_no_gluon() -> None:
-    with mock.patch.object(hopper_descriptor, "gluon_language", side_effect=ImportError("no module named gluon")):
+    with mock.patch.object(hopper_launch, "gluon_language", side_effect=ImportError("no module named gluon")):
         assert why_no_gluon() == "this triton has no Gluon that the kernels know: no module named gluon"
 
 

@@ -1,7 +1,7 @@
-"""What Hopper's copy engine is told of a tensor, and Gluon's language, both of which not every triton has."""
+"""Launches on Hopper: what its copy engine is told of a tensor, and Gluon, both of which not every triton has."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,3 +42,24 @@ def descriptor(
     made.layout = layout
     made.padding = "zero"
     return made
+
+
+def launched(
+    kernel: Callable[[], Any],
+    grid: tuple[int, int, int],
+    args: Sequence[Any],
+    compiled: dict[Any, Any],
+    tensors: Sequence[torch.Tensor | None],
+) -> Any:
+    """The kernel for these addresses of ``tensors``, launched: one of ``compiled``, or else a new one.
+
+    The launcher of triton's own works out what it compiles for at each call, which takes longer than a small site.
+    """
+    device = args[0].device.index
+    key = (device, *[tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors])
+    found = compiled.get(key)
+    if found is None:
+        found = compiled[key] = kernel()[grid](*args, num_warps=4)
+    else:
+        found[grid](*args, stream=torch._C._cuda_getCurrentRawStream(device))
+    return found
