@@ -153,19 +153,18 @@ def _training_asked_for(site: Site, requested: str, saves: bool) -> Choice:
 
 def _kept_for(site: Site, kernel: str) -> str:
     """What of a program is kept for the backward, in words."""
-    if _kind(site) == training.RESULT:
+    if _result_tells(site):
         return "its result tells the gradient, and nothing is kept beside it"
     if kernel == "fused":
         return "nothing but x is kept, and the backward computes the convolution once more"
     return "the convolution's result is kept"
 
 
-def _kind(site: Site) -> str:
-    """Which measured steps a site with a program is like."""
+def _result_tells(site: Site) -> bool:
+    """Whether the result of the site's program tells the gradient."""
     from fusion_backend.kernels.program_backward import of_result  # which needs triton
 
-    text, _ = written(trained(site))
-    return training.PROGRAM if of_result(text) is None else training.RESULT
+    return of_result(written(trained(site))[0]) is not None
 
 
 def _trained(site: Site, around: Surroundings, problem: str | None, saves: bool) -> Choice:
@@ -175,7 +174,8 @@ def _trained(site: Site, around: Surroundings, problem: str | None, saves: bool)
         problem = RELAID_IN_TRAINING
     if not problem and site.program is not None and not _learns_nothing(site):
         found = problem_of(replace(site, program=None))
-        best = found and training.predict(*found, _kind(site), gpu_name(site.convolution.value.device))
+        kind = training.kind_of(written(trained(site))[0], _result_tells(site))
+        best = found and training.predict(*found, kind, gpu_name(site.convolution.value.device))
         if isinstance(best, training.Prediction) and best.is_taken and best.way != training.FOLDED:
             return Choice(best.way, f"{_in_training(best)}; {_kept_for(site, best.way)}", training=True)
     site = replace(site, program=None)

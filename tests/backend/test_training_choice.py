@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
+from benchmarks.cases import TAILS, Case
 from benchmarks.evidence import as_text, compact_training
 from fusion_backend import choice, evidence, explain, fused_post, training
 from fusion_backend.kernels import problem
@@ -107,16 +108,16 @@ def test_a_lone_relu_is_judged_by_its_like(known: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(
     ("tail", "measured"),
-    [(torch.tanh, "bias_tanh"), (F.gelu, "bias_gelu"), (lambda y: F.silu(F.relu6(y)), "bias_silu")],
+    [(torch.tanh, "bias_tanh"), (F.gelu, "bias_gelu"), (lambda y: F.leaky_relu(y, 0.3), "bias_leaky_relu")],
 )
-def test_a_program_is_judged_by_its_like(known: list[dict[str, Any]], tail: Any, measured: str) -> None:
+def test_a_program_is_judged_by_the_same_program(known: list[dict[str, Any]], tail: Any, measured: str) -> None:
     """Where that speaks against it, what stands before it is judged as if there were none."""
-    known.extend(row({"fused": 0.5}, tail=other) for other in ("seed", "bias_relu"))
+    known.extend(row({"fused": 0.5}, tail=other) for other in training.KINDS if other != measured)
     (before,) = explain(Up(tail), X).sites
-    assert ";" not in before.equation
+    assert before.kernel == "inductor" and ";" not in before.equation
     known.append(row({"epilogue": 1.2, "fused": 0.8}, {"fused": 0, "epilogue": 160, "peer": 160}, measured))
     (site,) = explain(Up(tail), X).sites
-    assert (site.kernel, site.equation.count("; v")) == ("fused", 2 - (measured != "bias_silu"))
+    assert (site.kernel, site.equation.count("; v")) == ("fused", 1)
     assert "1.25 times the speed of Inductor in training" in site.reason
     assert ("its result tells the gradient" in site.reason) == (measured == "bias_tanh")
     known[-1]["plans"] = {"fused": 1.2}
@@ -124,6 +125,39 @@ def test_a_program_is_judged_by_its_like(known: list[dict[str, Any]], tail: Any,
     known[-1]["plans"] = {"folded": 0.5}
     known[-1]["kept"]["folded"] = 160
     assert explain(Up(tail), X).sites == (before,)
+
+
+@pytest.mark.parametrize(
+    ("tail", "measured"),
+    [
+        (lambda y: F.silu(F.relu6(y)), "bias_silu"),
+        (lambda y: F.gelu(y, approximate="tanh"), "bias_gelu"),
+        (torch.sigmoid, "bias_tanh"),
+        (lambda y: F.leaky_relu(y).square(), "bias_leaky_relu"),
+        (lambda y: F.leaky_relu(y, 0.3) @ y.new_ones(16, 1), "bias_leaky_relu"),  # its result stays, and tells
+        (lambda y: F.prelu(y, y.new_ones(1) / 2), "bias_leaky_relu"),
+        (lambda y: F.tanh(y).clamp(0, 1), "seed"),
+        (lambda y: y.clamp(0, 1) * 2, "bias_tanh"),
+        (F.relu, "bias_gelu"),
+    ],
+)
+def test_another_program_says_nothing(known: list[dict[str, Any]], tail: Any, measured: str) -> None:
+    known.append(row({"fused": 0.5, "epilogue": 0.5}, tail=measured))
+    assert [site.kernel for site in explain(Up(tail), X).sites] == ["inductor"]
+
+
+@pytest.mark.parametrize("name", [name for name in TAILS if name != "none"])
+def test_the_benchmarks_tails_are_of_the_kinds_that_are_written_down(known: list[dict[str, Any]], name: str) -> None:
+    case = Case("", (4, 16, 8, 8), 32, 3, 2, 1, 1, name)
+    x, *others = case.inputs("cpu", torch.float32, torch.contiguous_format)
+    known.append(row({"fused": 0.5}, tail=name))
+    (site,) = explain(case.model(), x.requires_grad_(), *others).sites
+    assert site.kernel == "fused" and "2.00 times the speed of Inductor in training" in site.reason
+
+
+def test_a_tail_of_no_known_kind_is_refused() -> None:
+    with pytest.raises(KeyError, match="none"):
+        training.case_of(row({"fused": 0.5}, tail="none"))
 
 
 @pytest.mark.parametrize(
