@@ -35,7 +35,7 @@ from triton.runtime.jit import JITFunction
 
 from fusion_backend.kernels.coefficients import check_coefficients, coefficients_for, load_coefficient
 from fusion_backend.kernels.epilogue_backward_turned import launch_turned
-from fusion_backend.kernels.gate import unpack
+from fusion_backend.kernels.gate import in_channels_last_order, unpack
 from fusion_backend.kernels.launching import runs
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.matrix import Tiling, tiling_for
@@ -264,15 +264,15 @@ def _check(grad: torch.Tensor, bits: torch.Tensor | None, scale: torch.Tensor | 
         return
     if bits.dtype != torch.uint8:
         raise TypeError(f"bits has dtype {bits.dtype}; allowed is torch.uint8")
-    if bits.dim() != 1 or bits.shape[0] != cdiv(grad.numel(), 8):
+    if bits.dim() not in (1, 2) or bits.shape[-1] != cdiv(grad.numel(), 8) or (bits.dim() == 2 and bits.shape[0] != 1):
         raise ValueError(
             f"bits has shape {tuple(bits.shape)}; allowed is one bit an element, [ceil({grad.numel()} / 8)] = "
-            f"({cdiv(grad.numel(), 8)},)"
+            f"({cdiv(grad.numel(), 8)},), or with a 1 before that in channels_last order"
         )
     if bits.device != grad.device:
         raise ValueError(f"bits is on {bits.device}; allowed is grad's device, {grad.device}")
     if not bits.is_contiguous():
-        raise ValueError(f"bits has stride {bits.stride(0)}; allowed is 1: call .contiguous() on it")
+        raise ValueError(f"bits has stride {bits.stride(-1)}; allowed is 1: call .contiguous() on it")
 
 
 def _backward(
@@ -297,10 +297,12 @@ def _backward(
         grad = _laid_out(grad, channels_last)
         value, tensor = (None if t is None else _laid_out(t, channels_last) for t in (back.value, back.tensor))
         back = replace(back, value=value, tensor=tensor)
-        if to_last and not channels_last:
+        bits_last = bits is not None and in_channels_last_order(bits, channels_last)
+        if (to_last or bits_last) and not channels_last:
             grad_x, *sums = launch_turned(
                 grad, bits, scale, scale_number, *wanted, back.text, back.value, back.vectors, back.tensor
             )
+            grad_x = _laid_out(grad_x, to_last)
         else:
             tiling = tiling_for(grad, channels_last)
             grad_x, *sums = launch(grad, bits, scale, scale_number, channels_last, *wanted, tiling, back)
@@ -334,7 +336,8 @@ def epilogue_backward(
 
     ``grad``: [N, C, *spatial], rank 3 to 5, float32, float16, bfloat16, or (without a kernel) float64, of any strides.
     ``bits``: uint8 [ceil(numel / 8)] in the order of memory of the layout that ``channels_last`` names, which the first
-    result has too, unless ``to_channels_last`` names another for it; None: every element passes. ``scale``: a
+    result has too, unless ``to_channels_last`` names another for it; or [1, ceil(numel / 8)] in channels_last order in
+    any case; None: every element passes. ``scale``: a
     contiguous float32 tensor [C] on grad's device (float64 for a float64 grad) or, where that is None, the number. The
     sums are float32 [C] (float64 for float64), or [0] where they are not asked for; they are of grad as it came,
     without the scale. Equal inputs give equal bits on every run. ``program``: grad is the result of this one, of which

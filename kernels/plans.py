@@ -4,7 +4,8 @@
     march     ``row_march``, where the weight's taps fit in shared memory
     general   ``conv_transpose``, for all there is
     turned    either of the latter behind a pass that makes a contiguous x channels_last, at about a copy's speed
-    back      general into a channels_last workspace of the result's size, and a pass that makes that contiguous
+    back      general into a channels_last workspace of the result's size, and a pass that makes that contiguous; any of
+              them, and turned, for a gate's bits that a contiguous result has no whole bytes for
 
 A plan has a name, by which a measurement, a compiled graph and a report speak of it. What is chosen without a name is a
 rule, read off benchmarks/results/conv_transpose-nvidia-h200-first.json: march where it can, and turn x for the general
@@ -44,14 +45,14 @@ class Plan:
     @property
     def name(self) -> str:
         """For example "hopper 64, 2 slots", "march 64x32, 4 warps, 2 stages", "turned 64x64x128, 4 warps, 3 stages"."""
+        turned = "turned " if self.turned else ""
+        back = ", turned back" if self.back else ""
         if isinstance(self.config, hopper_strips.Config):
-            return self.config.name
+            return f"{turned}{self.config.name}{back}"
         if isinstance(self.config, strips.Config):
             size = f"march {self.config.pixels}x{self.config.channels}"
         else:
             size = f"{self.config.rows}x{self.config.columns}x{self.config.depth_bytes}"
-        turned = "turned " if self.turned else ""
-        back = ", turned back" if self.back else ""
         return f"{turned}{size}, {self.config.num_warps} warps, {self.config.num_stages} stages{back}"
 
     def packed_bytes(self, problem: Problem) -> int:
@@ -82,6 +83,32 @@ def plans_for(problem: Problem) -> Iterator[Plan]:
         yield from (Plan(each.config, turned) for each in tiling.tilings(rest))
         if _can_turn_back(rest):
             yield from (Plan(each.config, turned, back=True) for each in tiling.tilings(replace(rest, out_last=True)))
+
+
+def plans_turned_back(problem: Problem, shape: tuple[int, ...]) -> Iterator[Plan]:
+    """Those that make a contiguous x channels_last, and the result contiguous; best first. For bits, and without names."""
+    if problem.out_last or not _can_turn(problem):
+        return
+    rest = replace(problem, x_last=True, out_last=True)
+    if rest.hopper and hopper_strips.why_not(rest) is None:
+        yield from (Plan(config, turned=True, back=True) for config in hopper_strips.configs_for(rest))
+    yield replace(choose_plan(rest, shape), turned=True, back=True)
+    yield from (Plan(each.config, turned=True, back=True) for each in tiling.tilings(rest))
+
+
+def why_no_bits(plan: Plan, problem: Problem, W_out: int) -> str | None:
+    """Why a plan cannot write a gate's bits beside an output whose rows have W_out elements; None: it can.
+
+    Where the result is turned back they are the workspace's, in channels_last order (see ``gate``).
+    """
+    rest = plan.problem(problem)
+    if isinstance(plan.config, hopper_strips.Config):
+        return hopper_strips.why_no_bits(rest, W_out)
+    if isinstance(plan.config, strips.Config):
+        return strips.why_no_bits(rest, plan.config, W_out)
+    cut = tiling.tiling_for(rest, plan.config)
+    assert cut is not None, "a plan fits"
+    return tiling.why_no_bits(rest, cut, W_out)
 
 
 def plan_named(problem: Problem, name: str) -> Plan | None:

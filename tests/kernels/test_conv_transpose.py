@@ -182,7 +182,7 @@ def test_every_plan_writes_the_bits_of_a_gate(conv: Conv, dtype: torch.dtype, la
     plans = [
         plan
         for plan in plans_for(problem)
-        if not (plan.turned or plan.is_hopper) and not kernels._why_no_bits(plan, problem, conv.y[-1])
+        if not (plan.turned or plan.is_hopper) and not kernels.why_no_bits(plan, problem, conv.y[-1])
     ]
     for plan in plans:
         given = kernels.pack_for(plan, weight, problem)
