@@ -691,7 +691,7 @@ def run(
         if gate is not None:
             flags = (gate.lo_open, gate.hi_open, gate.passes_nan)
             y, bits = hopper_march_training.conv_transpose_hopper_training(*given, *flags, *rest)
-            return (_laid_out(y, False), bits[None]) if plan.back else (y, bits)
+            return (_laid_out(y, False), bits.unsqueeze(0)) if plan.back else (y, bits)
         y = hopper_march.conv_transpose_hopper(*given, *rest, program.text, program.vectors)
         return y, y.new_empty(0, dtype=torch.uint8)
     out = empty((x.shape[0], C_out, *sizes), x, out_last)
@@ -704,7 +704,7 @@ def run(
         packed = pack_for(plan, weight, problem)
         written = None if gate is None else bits
         launch_plan(out, x, packed, problem, plan, coefficients, written, gate or EVERYTHING, program, prologue)
-    return out, bits[None] if gate is not None and plan is not None and plan.back else bits
+    return out, bits.unsqueeze(0) if gate is not None and plan is not None and plan.back else bits
 
 
 def _laid_out(x: torch.Tensor, channels_last: bool) -> torch.Tensor:

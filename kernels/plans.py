@@ -86,7 +86,7 @@ def plans_for(problem: Problem) -> Iterator[Plan]:
 
 
 def plans_turned_back(problem: Problem, shape: tuple[int, ...]) -> Iterator[Plan]:
-    """Those that make a contiguous x channels_last, and the result contiguous; best first. For bits, and without names."""
+    """Those that make a contiguous x channels_last, and the result contiguous again, best first; for bits alone."""
     if problem.out_last or not _can_turn(problem):
         return
     rest = replace(problem, x_last=True, out_last=True)
