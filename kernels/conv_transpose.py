@@ -24,7 +24,7 @@ counts as zero, so a weight that is not finite makes NaN there.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -62,14 +62,7 @@ from fusion_backend.kernels.launching import runs, takes_long_offsets, unit_of
 from fusion_backend.kernels.layout import empty, is_channels_last
 from fusion_backend.kernels.packing import Packing
 from fusion_backend.kernels.phases import Axis
-from fusion_backend.kernels.plans import (
-    Plan,
-    choose_plan,
-    plan_named,
-    plans_for,
-    plans_turned_back,
-    why_no_bits,
-)
+from fusion_backend.kernels.plans import Plan, choose_plan, plan_named, plans_for, plans_for_bits, why_no_bits
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.program import (
     NO_PROGRAM,
@@ -672,14 +665,13 @@ def run(
         tensors_read = sum(tensor is not None for tensor in program.tensors)
         columns = 0 if program.vectors is None else int(program.vectors.shape[1])
         problem = replace(problem, hopper=problem.hopper and not tensors_read, prologue=bool(prologue.text))
-        candidates = [Plan(tiling.config) for tiling in (choose_tiling(problem), *tilings(problem))]
-        if compiled:
-            candidates = [_plan(problem, x, plan_name, tensors_read, columns), *candidates]
-        if compiled and gate is not None and plan_name is None:
-            candidates = [*(each for each in plans_for(problem) if each.is_hopper), *candidates]
-        others = plans_turned_back(problem, x.shape) if turned_bits and plan_name is None else ()
-        every = itertools.chain(candidates, (each for each in others if compiled or not each.is_march))
-        plan = next((each for each in every if gate is None or not why_no_bits(each, problem, sizes[-1])), None)
+        candidates: Iterator[Plan] = (Plan(each.config) for each in (choose_tiling(problem), *tilings(problem)))
+        if gate is not None and plan_name is None:
+            candidates = plans_for_bits(problem, x.shape, turned_bits)
+        elif compiled:
+            candidates = itertools.chain([_plan(problem, x, plan_name, tensors_read, columns)], candidates)
+        runnable = (each for each in candidates if compiled or not each.is_march)
+        plan = next((each for each in runnable if gate is None or not why_no_bits(each, problem, sizes[-1])), None)
     if gate is not None and plan is None:
         return None
 

@@ -85,15 +85,19 @@ def plans_for(problem: Problem) -> Iterator[Plan]:
             yield from (Plan(each.config, turned, back=True) for each in tiling.tilings(replace(rest, out_last=True)))
 
 
-def plans_turned_back(problem: Problem, shape: tuple[int, ...]) -> Iterator[Plan]:
-    """Those that make a contiguous x channels_last, and the result contiguous again, best first; for bits alone."""
-    if problem.out_last or not _can_turn(problem):
-        return
-    rest = replace(problem, x_last=True, out_last=True)
-    if rest.hopper and hopper_strips.why_not(rest) is None:
-        yield from (Plan(config, turned=True, back=True) for config in hopper_strips.configs_for(rest))
-    yield replace(choose_plan(rest, shape), turned=True, back=True)
-    yield from (Plan(each.config, turned=True, back=True) for each in tiling.tilings(rest))
+def plans_for_bits(problem: Problem, shape: tuple[int, ...], turned: bool) -> Iterator[Plan]:
+    """Best first, those that may write a gate's bits beside the result; ``why_no_bits`` says whether they can.
+
+    ``turned``: also such that make a contiguous x channels_last, and the result contiguous again.
+    """
+    if problem.hopper and hopper_strips.why_not(problem) is None:
+        yield from map(Plan, hopper_strips.configs_for(problem))
+    yield choose_plan(problem, shape)
+    yield Plan(tiling.choose_tiling(problem).config)
+    yield from (Plan(each.config) for each in tiling.tilings(problem))
+    if turned and not problem.out_last and _can_turn(problem):
+        rest = plans_for_bits(replace(problem, x_last=True, out_last=True), shape, False)
+        yield from (replace(plan, turned=True, back=True) for plan in rest)
 
 
 def why_no_bits(plan: Plan, problem: Problem, W_out: int) -> str | None:

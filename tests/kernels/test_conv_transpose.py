@@ -30,7 +30,7 @@ from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.conv_transpose import reference
 from fusion_backend.kernels.gate import Gate, pack, passes
 from fusion_backend.kernels.layout import empty
-from fusion_backend.kernels.plans import plans_for, plans_turned_back
+from fusion_backend.kernels.plans import plans_for, plans_for_bits
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.tiling import Tiling, choose_tiling, tilings
 from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager, tf32
@@ -239,7 +239,7 @@ def test_every_plan_writes_the_bits_of_a_gate(conv: Conv, dtype: torch.dtype, la
     wrong: list[str] = []
     plans = [
         plan
-        for plan in (*plans_for(problem), *plans_turned_back(problem, conv.x))
+        for plan in dict.fromkeys((*plans_for(problem), *plans_for_bits(problem, conv.x, True)))
         if (plan.back or not plan.turned) and not plan.is_hopper and not kernels.why_no_bits(plan, problem, conv.y[-1])
     ]
     for plan in plans:

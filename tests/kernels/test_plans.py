@@ -7,7 +7,7 @@ import torch
 
 from fusion_backend.kernels.hopper_strips import why_not
 from fusion_backend.kernels.phases import Axis
-from fusion_backend.kernels.plans import choose_plan, plan_named, plans_for, plans_turned_back, why_no_bits
+from fusion_backend.kernels.plans import choose_plan, plan_named, plans_for, plans_for_bits, why_no_bits
 from fusion_backend.kernels.problem import Problem
 
 SEED = Problem(
@@ -115,28 +115,32 @@ def test_results_are_turned_back_where_float32_has_no_whole_sectors() -> None:
         assert not any(plan.back for plan in plans_for(replace(vocoder, **other)))
 
 
-def test_what_is_turned_on_both_sides_is_as_if_all_were_channels_last() -> None:
-    """There is some for whatever is contiguous and can be turned, on a Hopper the march for that first."""
+def test_bits_are_asked_of_what_writes_the_result_as_it_is_before_what_is_turned_on_both_sides() -> None:
+    """There is some for whatever is contiguous and can be turned, as if all were channels_last."""
     for problem in EVERYTHING:
-        plans = list(
-            plans_turned_back(problem, (128, problem.C_in * problem.groups, *(128,) * 3)[: 2 + len(SEED.axes)])
-        )
-        can = problem.dot and not problem.exact and not problem.x_last and not problem.out_last
-        assert bool(plans) == can
+        shape = (128, problem.C_in * problem.groups, 128, 128)
+        plain, plans = (list(plans_for_bits(problem, shape, turned)) for turned in (False, True))
+        assert plans[: len(plain)] == plain and set(plain) <= set(plans_for(problem))
+        assert plain[0].is_hopper == (problem.hopper and why_not(problem) is None)
         rest = replace(problem, x_last=True, out_last=True)
-        assert all(plan.turned and plan.back and plan.problem(problem) == rest for plan in plans)
-        assert {replace(plan, turned=False, back=False) for plan in plans} <= set(plans_for(rest))
-        if can:
-            assert plans[0].is_hopper == (problem.hopper and why_not(rest) is None)
-            assert plans[0].name.startswith("turned ") and plans[0].name.endswith(", turned back")
+        both = plans[len(plain) :]
+        assert bool(both) == (problem.dot and not problem.exact and not problem.x_last and not problem.out_last)
+        assert all(plan.turned and plan.back and plan.problem(problem) == rest for plan in both)
+        alone = [replace(plan, turned=False, back=False) for plan in both]
+        assert not both or alone == list(plans_for_bits(rest, shape, True))
+        assert all(plan.name.startswith("turned ") and plan.name.endswith(", turned back") for plan in both)
 
 
 def test_bits_of_a_result_that_is_turned_back_are_the_workspaces() -> None:
     for problem in (SEED, replace(SEED, hopper=True), WIDE, DOWN):
+        shape = (128, problem.C_in, 128, 128)
         for C_out in (64, 60):
             given = replace(problem, C_out=C_out)
-            for plan in plans_turned_back(given, (128, given.C_in, 128, 128)):
-                alone = replace(plan, turned=False, back=False)
-                rest = replace(given, x_last=True, out_last=True)
-                assert why_no_bits(plan, given, 63) == why_no_bits(alone, rest, 64)
-                assert C_out == 64 or why_no_bits(plan, given, 64)
+            for plan in plans_for_bits(given, shape, True):
+                reason = why_no_bits(plan, given, 63)
+                assert plan.back or reason is not None
+                if plan.back:
+                    rest = replace(given, x_last=True, out_last=True)
+                    assert reason == why_no_bits(replace(plan, turned=False, back=False), rest, 64)
+                    assert C_out == 64 or reason is not None
+        assert any(why_no_bits(plan, problem, 63) is None for plan in plans_for_bits(problem, shape, True))
