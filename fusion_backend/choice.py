@@ -98,7 +98,7 @@ def choose(site: Site, options: Options, around: Surroundings = ALONE) -> Choice
 
 def _auto(site: Site, options: Options, around: Surroundings, problem: str | None, trains: bool, saves: bool) -> Choice:
     if trains:
-        return _trained(site, around, problem, saves)
+        return _trained(site, options, around, problem, saves)
     if problem:
         return _inductor(site, f"no kernel of ours is taken: {problem}", saves)
     relayout = is_relaid(site, around)
@@ -167,7 +167,7 @@ def _result_tells(site: Site) -> bool:
     return of_result(written(trained(site))[0]) is not None
 
 
-def _trained(site: Site, around: Surroundings, problem: str | None, saves: bool) -> Choice:
+def _trained(site: Site, options: Options, around: Surroundings, problem: str | None, saves: bool) -> Choice:
     if site.convolution.value.device.type == "cpu" and problem:
         return _inductor(site, f"no kernel of ours is taken: {problem}", saves)
     if not problem and is_relaid(site, around) is not False:
@@ -188,7 +188,7 @@ def _trained(site: Site, around: Surroundings, problem: str | None, saves: bool)
     if found is None:
         return _as_written("its sizes are not known even roughly", saves, site)
     kind = training.RELU if why == RELU_ALONE else training.BOUNDS
-    best = training.predict(*found, kind, gpu_name(site.convolution.value.device))
+    best = training.predict(*found, kind, gpu_name(site.convolution.value.device), options.replayed)
     if isinstance(best, str):
         return _as_written(f"no kernel of ours is measured in training: {best}", saves, site)
     if not best.is_taken:

@@ -18,6 +18,7 @@ bfloat16, channels_last, that way has 1.30 times the peer's speed behind a leaky
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -25,13 +26,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusion_backend import evidence
-from fusion_backend.evidence import LEAST_SPEEDUP
+from fusion_backend.evidence import LEAST_SPEEDUP, OPAQUE
+from fusion_backend.kernels.plans import plans_for_bits, why_no_bits
 from fusion_backend.kernels.problem import Problem
 
 # What counts as not slower: a step's time differs that much from run to run.
 NOT_SLOWER = 0.98
 
-FOLDED = "folded"
+FUSED, FOLDED = "fused", "folded"
 
 # What is kept differs, and so sites are judged by their like: a relu alone, bounds, or a program (``kind_of``).
 RELU, BOUNDS = "relu", "bounds"
@@ -81,20 +83,40 @@ class Prediction:
         return self.speedup >= LEAST_SPEEDUP or (self.speedup >= NOT_SLOWER and self.kept < 1)
 
 
-def predict(problem: Problem, shape: Sequence[int], kind: str, gpu: str) -> Prediction | str:
-    """The fastest of our ways that is to be taken or, where none is, the fastest; or why nothing can be said."""
+def predict(problem: Problem, shape: Sequence[int], kind: str, gpu: str, replayed: bool = False) -> Prediction | str:
+    """The fastest of our ways that is to be taken or, where none is, the fastest; or why nothing can be said.
+
+    ``replayed``: the step becomes part of CUDA graphs, so that no operator costs the host anything.
+    """
+    bits = kind in (RELU, BOUNDS)
     cases = [case for case in measured(gpu) if case.kind == kind]
+    if bits:
+        cases = [case for case in cases if _in_order(case.problem, case.shape) == _in_order(problem, shape)]
     near = evidence.nearest(problem, shape, cases, gpu)
     if isinstance(near, str):
         return near
-    ways = [_prediction(way, near) for way in near[0].plans if all(way in case.plans for case in near)]
+    opaque = {FUSED} if bits and not replayed and _is_opaque(problem, tuple(shape)) else set()
+    ways = [_prediction(way, near, way in opaque) for way in near[0].plans if all(way in case.plans for case in near)]
     if not ways:
         return f"at a most similar measured case, {near[0].name}, no way of ours was right"
     return max(ways, key=lambda way: (way.is_taken, way.speedup))
 
 
-def _prediction(way: str, near: list[Case]) -> Prediction:
-    speedup = min(case.peer / case.plans[way] for case in near)
+def _in_order(problem: Problem, shape: Sequence[int]) -> bool:
+    """Whether the fused kernel may write bits as it writes the result; else that is turned, or there are none."""
+    return problem.out_last or problem.axes[2].output_size(shape[-1]) % 8 == 0
+
+
+def _is_opaque(problem: Problem, shape: tuple[int, ...]) -> bool:
+    """Whether the operator that writes the bits is one that Inductor cannot look into."""
+    W_out = problem.axes[2].output_size(shape[-1])
+    plans = (plan for plan in plans_for_bits(problem, shape, True) if why_no_bits(plan, problem, W_out) is None)
+    return any(plan.is_hopper for plan in itertools.islice(plans, 1))
+
+
+def _prediction(way: str, near: list[Case], opaque: bool) -> Prediction:
+    """``opaque``: counted with no less than what that takes the host longer, as in inference."""
+    speedup = min(case.peer / max(case.plans[way], OPAQUE if opaque else 0.0) for case in near)
     kept = max(case.kept[way] / max(case.kept["peer"], 1) for case in near)
     return Prediction(way, speedup, kept, near[0].name)
 

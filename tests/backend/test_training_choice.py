@@ -98,6 +98,38 @@ def test_what_is_measured_as_long_as_it_is_near(known: list[dict[str, Any]]) -> 
     assert site.kernel == "inductor" and "predicted to have 0.91 times" in site.reason
 
 
+def test_bits_in_the_results_order_say_nothing_of_such_that_are_not(known: list[dict[str, Any]]) -> None:
+    """Rows of 16 elements, and of 15."""
+    odd = Up()
+    odd.conv.output_padding = (0, 0)
+    known.append(row({"fused": 0.5}))
+    known.append(row({"fused": 0.5}, N=8))
+    assert [site.kernel for site in explain(odd, X).sites] == ["inductor"]
+    known.append({**row({"fused": 0.8}), "kernel_stride_padding": [3, 2, 1, 0]})
+    (site,) = explain(odd, X).sites
+    assert site.kernel == "fused" and "1.25 times" in site.reason
+
+
+@pytest.mark.parametrize(
+    ("hopper", "mode", "counts"), [(True, None, True), (True, "reduce-overhead", False), (False, None, False)]
+)
+def test_an_operator_that_inductor_cannot_look_into_counts_with_what_it_takes_the_host(
+    known: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, hopper: bool, mode: str | None, counts: bool
+) -> None:
+    """0.1 ms, as in inference; the epilogue kernel has none, nor has a program."""
+    monkeypatch.setattr(problem, "is_hopper", lambda device: hopper)
+
+    def taken(epilogue: float, peer: float, tail: str = "seed", model: nn.Module | None = None) -> str:
+        known[:] = [{**row({"fused": 0.02, "epilogue": epilogue}, tail=tail), "peer": peer}]
+        (site,) = explain(torch.compile(model or Up(), backend=fused_post, mode=mode), X).sites
+        return site.kernel
+
+    assert taken(0.07, 0.06) == ("inductor" if counts else "fused")
+    assert taken(0.05, 0.06) == ("epilogue" if counts else "fused")
+    assert taken(0.15, 0.2) == "fused"
+    assert taken(0.05, 0.06, "bias_tanh", Up(torch.tanh)) == "fused"
+
+
 def test_a_lone_relu_is_judged_by_its_like(known: list[dict[str, Any]]) -> None:
     known.append(row({"fused": 0.5}))
     assert [site.kernel for site in explain(Up(F.relu), X).sites] == ["inductor"]
