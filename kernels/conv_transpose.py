@@ -675,7 +675,7 @@ def run(
     if gate is not None and plan is None:
         return None
 
-    if plan is not None and plan.is_hopper:
+    if plan is not None and isinstance(plan.config, hopper_strips.Config):
         packed = pack_for(plan, weight, problem)
         axes_of = tuple([int(getattr(axis, name)) for axis in axes] for name in AXIS)
         given = (_laid_out(x, True) if plan.turned else x, weight, packed, *axes_of, *tensors, *numbers)

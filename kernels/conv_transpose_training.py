@@ -82,8 +82,9 @@ def _forward(
     if fused and bias is None and epilogue.runs_kernel(x):
         # Bits in channels_last order are for the backward that reads them so in any case.
         turned = gate is not None and _is_faster_turned(x, weight, groups)
-        steps = {"program": program, "turned_bits": turned}
-        ran = conv_transpose.run(x, weight, *sizes, groups, tensors, numbers, *layout, gate, plan, **steps)
+        ran = conv_transpose.run(
+            x, weight, *sizes, groups, tensors, numbers, *layout, gate, plan, program, turned_bits=turned
+        )
         if ran is not None:
             return ran
 

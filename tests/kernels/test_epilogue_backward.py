@@ -606,7 +606,7 @@ def test_turning_spills_nothing_and_reads_and_writes_whole_vectors(
     with on_chip(chip):
         grad = empty((128, 64, 256, 256), torch.empty(0, dtype=dtype, device="cuda"), False)
         bits = torch.empty(grad.numel() // 8, dtype=torch.uint8, device="cuda")
-        bits = bits[None] if bits_last else bits
+        bits = bits.unsqueeze(0) if bits_last else bits
         scale = torch.empty(64, device="cuda")
         (launch,) = record_launches(turned, lambda: turned.launch_turned(grad, bits, scale, 1.0, True, True))
     compiled = compile_launch(launch, CHIPS[chip])
