@@ -124,7 +124,8 @@ def _backward_kernel(
 
     Their number is no constexpr: compilers would unroll the loop, and run out of registers. A unit is what one access
     reads, and its bits lie in one byte. BY_ROW: the channel of a row is row % channels, and passed and blocked are
-    [rows, blocks of units]. Else that of a column is column // spatial, and they are [blocks of rows, columns].
+    [rows, blocks of units]. Else that of a column is column // spatial, and they are [columns, blocks of rows]: sums of
+    neighbours in memory, which Inductor adds up in one kernel where they are few.
     """
     blocks = tl.cdiv(units, UNITS)
     block = tl.program_id(0) % blocks
@@ -173,7 +174,8 @@ def _backward_kernel(
             tl.store(blocked_ptr + sums, tl.sum(tl.reshape(tl.sum(blocked, 1), (ROWS, UNITS)), 1), mask=known)
     else:
         unit = block * UNITS + tl.arange(0, UNITS)
-        sums = (strip.to(tl.int64) * units + unit)[:, None] * WIDTH + place  # [UNITS, WIDTH]
+        strips = tl.num_programs(0) // blocks
+        sums = (unit.to(tl.int64)[:, None] * WIDTH + place) * strips + strip  # [UNITS, WIDTH]
         known = (unit < units)[:, None]
         if passed_ptr is not None:
             tl.store(passed_ptr + sums, tl.sum(tl.reshape(passed, (ROWS, UNITS, WIDTH)), 0), mask=known)
@@ -204,7 +206,7 @@ def launch(
 
     given = coefficients_for(grad, (scale, None, None, None), (scale_number, 0.0, None, None))
     spatial = 1 if channels_last else S
-    parts = (N, C, tiling.blocks) if tiling.by_row else (tiling.strips, C, spatial)
+    parts, dims = ((N, C, tiling.blocks), (0, 2)) if tiling.by_row else ((C, spatial, tiling.strips), (1, 2))
     grad_x = empty(grad.shape, grad, channels_last)
     passed = _empty_parts(parts, grad) if sum_passed else None
     blocked = _empty_parts(parts, grad) if sum_blocked else None
@@ -233,7 +235,7 @@ def launch(
         UNITS=tiling.tile_units,
         num_warps=tiling.num_warps,
     )
-    return grad_x, None if passed is None else passed.sum((0, 2)), None if blocked is None else blocked.sum((0, 2))
+    return grad_x, None if passed is None else passed.sum(dims), None if blocked is None else blocked.sum(dims)
 
 
 def _empty_parts(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ def _turned_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One tile; ``channels`` and ``spatial`` count units, as in ``epilogue``. passed and blocked are [strips, C]."""
+    """One tile; ``channels`` and ``spatial`` count units, as in ``epilogue``. passed and blocked are [C, strips]."""
     C = channels * C_UNIT
     S = tl.cast(spatial, tl.int64) * S_UNIT
 
@@ -74,7 +74,7 @@ def _turned_backward_kernel(
         grad_x = tl.where(passing, grad_x, 0.0)
     tl.store(grad_x_ptr + by_pixel, grad_x.to(grad.dtype), mask=inside)
 
-    sums = strip.to(tl.int64) * C + channel
+    sums = channel.to(tl.int64) * (tl.num_programs(0) // blocks_c) + strip
     if passed_ptr is not None:
         tl.store(passed_ptr + sums, tl.sum(tl.where(passing, g, 0.0), 1), mask=channel < C)
     if blocked_ptr is not None:
@@ -102,7 +102,7 @@ def launch_turned(
     given = coefficients_for(grad, (scale, None, None, None), (scale_number, 0.0, None, None))
     grad_x = empty(grad.shape, grad, True)
     passed, blocked = (
-        torch.empty((strips, C), dtype=torch.float32, device=grad.device) if wanted else None
+        torch.empty((C, strips), dtype=torch.float32, device=grad.device) if wanted else None
         for wanted in (sum_passed, sum_blocked)
     )
     kernel: Any = _turned_backward_kernel
@@ -130,4 +130,4 @@ def launch_turned(
         BLOCK_S=tiles.block_s,
         num_warps=config.num_warps,
     )
-    return grad_x, None if passed is None else passed.sum(0), None if blocked is None else blocked.sum(0)
+    return grad_x, None if passed is None else passed.sum(1), None if blocked is None else blocked.sum(1)
