@@ -273,6 +273,8 @@ def _compute(x: torch.Tensor) -> torch.dtype:
 def _is_faster_turned(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
     """Whether cuDNN is to have a contiguous x channels_last, for which it has the faster backward.
 
+    Then the gradient is turned, too, and bits may be in that order for nothing.
+
     Measured on an H200: half the time and less, where tensor cores are filled (benchmarks/results/training_*.json).
     """
     filled = min(weight.shape[0], weight.shape[1]) >= SMALLEST_EDGE
