@@ -107,7 +107,7 @@ def judge(rows: list[dict[str, Any]]) -> None:
             print(f"    {title}: {ratio:.2f} of its time")
 
 
-def judge_training(rows: list[dict[str, Any]]) -> None:
+def judge_training(rows: list[dict[str, Any]], hopper: bool) -> None:
     """What ``auto`` takes at each measured case: by itself, and by the others."""
     cases = [training.case_of(row) for row in rows]
     print(f"{len(cases)} training steps; taken, and where only the others are known:")
@@ -115,7 +115,8 @@ def judge_training(rows: list[dict[str, Any]]) -> None:
         found = []
         for known in (cases, [case for case in cases if case is not own]):
             with mock.patch.object(training, "measured", lambda gpu, known=known: known):
-                found.append(training.predict(own.problem, own.shape, own.kind, "this GPU"))
+                problem = replace(own.problem, shared_limit=227 * 1024, hopper=hopper)
+                found.append(training.predict(problem, own.shape, own.kind, "this GPU"))
         ways = " / ".join(each.way if not isinstance(each, str) and each.is_taken else "inductor" for each in found)
         times = ", ".join(f"{way} {own.peer / ms:.2f}x" for way, ms in own.plans.items())
         print(f"    {row['case']} {row['dtype']} {row['memory_format']}: {ways} ({times})")
@@ -139,7 +140,8 @@ def main() -> int:
     content |= {"copy_gb_per_s": max(copies)} if copies else {}
     path.write_text(as_text({"gpu": gpu} | content))
     judge(content.get("cases", []))
-    judge_training(content.get("training", []))
+    hopper = any("slots" in plan for row in content.get("cases", []) for plan in row["plans"])
+    judge_training(content.get("training", []), hopper)
     print(path)
     return 0
 

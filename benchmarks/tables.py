@@ -129,17 +129,22 @@ def counters() -> str:
     return table(f"| case | dtype, layout | plan | {' | '.join(SHOWN)} |", lines)
 
 
-def training() -> str:
+def mebibytes(size: int) -> str:
+    """With a decimal where there are few."""
+    return f"{size / 2**20:.{int(0 < size < 10 * 2**20)}f}"
+
+
+def training(name: str = "training_nvidia-h200.json") -> str:
     """Milliseconds of a forward and a backward, and MiB kept; the peer is the faster of Inductor's two modes."""
     lines = []
-    for row in load("training_nvidia-h200.json"):
+    for row in load(name):
         columns = row["contenders"]
         peer = min((name for name in PEERS if "ms" in columns[name]), key=lambda name: columns[name]["ms"])
         fused, epilogue = columns["fused_post fused"], columns["fused_post epilogue"]
         cells = [*title(row), f"{columns[peer]['ms']:.3f}"]
         for each in (fused, epilogue):
             cells += [f"{each['ms']:.3f}", f"{columns[peer]['ms'] / each['ms']:.2f}x"] if "ms" in each else ["-", "-"]
-        cells += (f"{each['saved_bytes'] / 2**20:.0f}" if "ms" in each else "-" for each in (columns[peer], fused))
+        cells += (mebibytes(each["saved_bytes"]) if "ms" in each else "-" for each in (columns[peer], fused))
         cells.append(f"{fused['peak_bytes'] / columns[peer]['peak_bytes']:.2f}" if "ms" in fused else "-")
         lines.append(cells)
     header = (
@@ -170,6 +175,8 @@ def whole(name: str) -> str:
 TABLES = {
     "inference": inference,
     "training": training,
+    "steps": functools.partial(training, "training_nvidia-h200-sweep.json"),
+    "programs": functools.partial(training, "training_nvidia-h200-programs.json"),
     "growth": growth,
     "memory": memory,
     "counters": counters,

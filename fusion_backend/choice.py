@@ -98,7 +98,7 @@ def choose(site: Site, options: Options, around: Surroundings = ALONE) -> Choice
 
 def _auto(site: Site, options: Options, around: Surroundings, problem: str | None, trains: bool, saves: bool) -> Choice:
     if trains:
-        return _trained(site, around, problem, saves)
+        return _trained(site, options, around, problem, saves)
     if problem:
         return _inductor(site, f"no kernel of ours is taken: {problem}", saves)
     relayout = is_relaid(site, around)
@@ -153,29 +153,29 @@ def _training_asked_for(site: Site, requested: str, saves: bool) -> Choice:
 
 def _kept_for(site: Site, kernel: str) -> str:
     """What of a program is kept for the backward, in words."""
-    if _kind(site) == training.RESULT:
+    if _result_tells(site):
         return "its result tells the gradient, and nothing is kept beside it"
     if kernel == "fused":
         return "nothing but x is kept, and the backward computes the convolution once more"
     return "the convolution's result is kept"
 
 
-def _kind(site: Site) -> str:
-    """Which measured steps a site with a program is like."""
+def _result_tells(site: Site) -> bool:
+    """Whether the result of the site's program tells the gradient."""
     from fusion_backend.kernels.program_backward import of_result  # which needs triton
 
-    text, _ = written(trained(site))
-    return training.PROGRAM if of_result(text) is None else training.RESULT
+    return of_result(written(trained(site))[0]) is not None
 
 
-def _trained(site: Site, around: Surroundings, problem: str | None, saves: bool) -> Choice:
+def _trained(site: Site, options: Options, around: Surroundings, problem: str | None, saves: bool) -> Choice:
     if site.convolution.value.device.type == "cpu" and problem:
         return _inductor(site, f"no kernel of ours is taken: {problem}", saves)
     if not problem and is_relaid(site, around) is not False:
         problem = RELAID_IN_TRAINING
     if not problem and site.program is not None and not _learns_nothing(site):
         found = problem_of(replace(site, program=None))
-        best = found and training.predict(*found, _kind(site), gpu_name(site.convolution.value.device))
+        kind = training.kind_of(written(trained(site))[0], _result_tells(site))
+        best = found and training.predict(*found, kind, gpu_name(site.convolution.value.device))
         if isinstance(best, training.Prediction) and best.is_taken and best.way != training.FOLDED:
             return Choice(best.way, f"{_in_training(best)}; {_kept_for(site, best.way)}", training=True)
     site = replace(site, program=None)
@@ -188,7 +188,7 @@ def _trained(site: Site, around: Surroundings, problem: str | None, saves: bool)
     if found is None:
         return _as_written("its sizes are not known even roughly", saves, site)
     kind = training.RELU if why == RELU_ALONE else training.BOUNDS
-    best = training.predict(*found, kind, gpu_name(site.convolution.value.device))
+    best = training.predict(*found, kind, gpu_name(site.convolution.value.device), options.replayed)
     if isinstance(best, str):
         return _as_written(f"no kernel of ours is measured in training: {best}", saves, site)
     if not best.is_taken:

@@ -22,8 +22,9 @@ The weight is packed for each call as [groups, C_out / groups, taps, C_in / grou
 counts as zero, so a weight that is not finite makes NaN there.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +65,7 @@ from fusion_backend.kernels.launching import runs, takes_long_offsets, unit_of
 from fusion_backend.kernels.layout import empty, is_channels_last
 from fusion_backend.kernels.packing import Packing
 from fusion_backend.kernels.phases import Axis
-from fusion_backend.kernels.plans import Plan, choose_plan, plan_named, plans_for
+from fusion_backend.kernels.plans import Plan, choose_plan, plan_named, plans_for, plans_for_bits, why_no_bits
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.program import (
     NO_PROGRAM,
@@ -81,7 +82,7 @@ from fusion_backend.kernels.program import reference as run_program
 from fusion_backend.kernels.rounding import cdiv
 from fusion_backend.kernels.taps import taps_of
 from fusion_backend.kernels.tf32 import rounded_to_tf32
-from fusion_backend.kernels.tiling import Tiling, choose_tiling, tiling_for, tilings, why_no_bits
+from fusion_backend.kernels.tiling import Tiling, choose_tiling, tiling_for, tilings
 
 # In an image, of x or of the output: pixels, also those that fill a row of phases up, are counted in 32 bits.
 MOST_PIXELS = 2**30
@@ -615,10 +616,12 @@ def run(
     plan_name: str | None = None,
     program: Program = NO_PROGRAM,
     prologue: Program = NO_PROGRAM,
+    turned_bits: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """What ``conv_transpose`` returns and, with a gate, its bits; then None where no kernel can write these.
 
     There are no bits behind a program. They are written by the march on Hopper, where that can. That takes no prologue.
+    ``turned_bits``: of a contiguous result that no kernel can write them beside, they may be in channels_last order.
     """
     groups = int(groups)
     check_inputs(x, weight, groups)
@@ -643,12 +646,13 @@ def run(
         tensors_read = sum(tensor is not None for tensor in program.tensors)
         columns = 0 if program.vectors is None else int(program.vectors.shape[1])
         problem = replace(problem, hopper=problem.hopper and not tensors_read, prologue=bool(prologue.text))
-        candidates = [Plan(tiling.config) for tiling in (choose_tiling(problem), *tilings(problem))]
-        if compiled:
-            candidates = [_plan(problem, x, plan_name, tensors_read, columns), *candidates]
-        if compiled and gate is not None and plan_name is None:
-            candidates = [*(each for each in plans_for(problem) if each.is_hopper), *candidates]
-        plan = next((each for each in candidates if gate is None or not _why_no_bits(each, problem, sizes[-1])), None)
+        candidates: Iterator[Plan] = (Plan(each.config) for each in (choose_tiling(problem), *tilings(problem)))
+        if gate is not None and plan_name is None:
+            candidates = plans_for_bits(problem, x.shape, turned_bits)
+        elif compiled:
+            candidates = itertools.chain([_plan(problem, x, plan_name, tensors_read, columns)], candidates)
+        runnable = (each for each in candidates if compiled or not each.is_march)
+        plan = next((each for each in runnable if gate is None or not why_no_bits(each, problem, sizes[-1])), None)
     if gate is not None and plan is None:
         return None
 
@@ -658,17 +662,11 @@ def run(
             x = turned_by(x, True, prologue)
         axes_of = tuple(tuple(int(getattr(axis, name)) for axis in axes) for name in AXIS)
         flags = None if gate is None else (gate.lo_open, gate.hi_open, gate.passes_nan)
-        how = (
-            numbers,
-            out_last or plan.back,
-            allow_tf32,
-            replace(plan, turned=False, back=False).name,
-            program.text,
-            flags,
-        )
-        call = hopper.Call(axes_of, *how).text
+        name = replace(plan, turned=False, back=False).name
+        call = hopper.Call(axes_of, numbers, out_last or plan.back, allow_tf32, name, program.text, flags).text
         if gate is not None:
-            return hopper_training.conv_transpose_hopper_training(x, weight, packed, *tensors, call)
+            y, bits = hopper_training.conv_transpose_hopper_training(x, weight, packed, *tensors, call)
+            return (turned_by(y, False), bits.unsqueeze(0)) if plan.back else (y, bits)
         y = hopper.conv_transpose_hopper(x, weight, packed, *tensors, program.vectors, call)
         return turned_by(y, False) if plan.back else y, y.new_empty(0, dtype=torch.uint8)
     out = empty((x.shape[0], C_out, *sizes), x, out_last)
@@ -681,21 +679,7 @@ def run(
         packed = pack_for(plan, weight, problem)
         written = None if gate is None else bits
         launch_plan(out, x, packed, problem, plan, coefficients, written, gate or EVERYTHING, program, prologue)
-    return out, bits
-
-
-def _why_no_bits(plan: Plan, problem: Problem, W_out: int) -> str | None:
-    if isinstance(plan.config, hopper_strips.Config):
-        return hopper_strips.why_no_bits(problem, W_out)
-    if isinstance(plan.config, hopper_blocks.Config):
-        return "the product on Hopper writes none"
-    if isinstance(plan.config, strips.Config):
-        return strips.why_no_bits(plan.problem(problem), plan.config, W_out)
-    if plan.back:
-        return "they would be those of the workspace"
-    tiling = tiling_for(plan.problem(problem), plan.config)
-    assert tiling is not None, "a plan fits"
-    return why_no_bits(plan.problem(problem), tiling, W_out)
+    return out, bits.unsqueeze(0) if gate is not None and plan is not None and plan.back else bits
 
 
 def _plan(problem: Problem, x: torch.Tensor, name: str | None, tensors: int = 0, columns: int = 0) -> Plan:
@@ -750,7 +734,8 @@ def launch_plan(
 ) -> None:
     """Fill ``out``, and ``bits`` where given, from ``x`` and from what ``pack_for`` returns; all of them are dense.
 
-    Not for those on Hopper, which are opaque. A pass that turns x does the prologue, too.
+    Not for those on Hopper, which are opaque. A pass that turns x does the prologue, too. Where the result is turned
+    back the bits are in channels_last order.
     """
     if out.numel() == 0:
         return
@@ -760,7 +745,7 @@ def launch_plan(
     problem = plan.problem(problem)
     if plan.back:
         turned = empty(out.shape, out, True)
-        launch_plan(turned, x, packed, problem, Plan(plan.config), coefficients, program=program, prologue=prologue)
+        launch_plan(turned, x, packed, problem, Plan(plan.config), coefficients, bits, gate, program, prologue)
         epilogue.launch(out, turned, NO_COEFFICIENTS)
         return
     if isinstance(plan.config, strips.Config):

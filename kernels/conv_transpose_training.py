@@ -80,7 +80,11 @@ def _forward(
             f"({int(weight.shape[1]) * groups},) of x's dtype, {x.dtype}"
         )
     if fused and bias is None and epilogue.runs_kernel(x):
-        ran = conv_transpose.run(x, weight, *sizes, groups, tensors, numbers, *layout, gate, plan, program)
+        # Bits in channels_last order are for the backward that reads them so in any case.
+        turned = gate is not None and _is_faster_turned(x, weight, groups)
+        ran = conv_transpose.run(
+            x, weight, *sizes, groups, tensors, numbers, *layout, gate, plan, program, turned_bits=turned
+        )
         if ran is not None:
             return ran
 
@@ -143,7 +147,8 @@ def conv_transpose_training(
     bound that is None or infinite on its own side is none. ``lo_open`` and ``hi_open``: a value on the bound itself
     passes no gradient; ``passes_nan``: a NaN does.
 
-    The second result is uint8 [ceil(numel / 8)], or [0] where everything passes. ``fused``: by the kernel of
+    The second result is uint8 [ceil(numel / 8)], or [1, ceil(numel / 8)] in channels_last order (see ``gate``), or [0]
+    where everything passes. ``fused``: by the kernel of
     ``conv_transpose``, where that runs, can write the bits, and there is no ``bias``; ``channels_last``, ``allow_tf32``
     and ``plan`` are for it: the march on Hopper where that is None and it can write bits, or else the rule's. Else
     PyTorch does the convolution, and the epilogue kernel the rest, in place.
@@ -267,6 +272,8 @@ def _compute(x: torch.Tensor) -> torch.dtype:
 
 def _is_faster_turned(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
     """Whether cuDNN is to have a contiguous x channels_last, for which it has the faster backward.
+
+    Then the gradient is turned, too, and bits may be in that order for nothing.
 
     Measured on an H200: half the time and less, where tensor cores are filled (benchmarks/results/training_*.json).
     """

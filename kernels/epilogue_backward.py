@@ -35,7 +35,7 @@ from triton.runtime.jit import JITFunction
 
 from fusion_backend.kernels.coefficients import check_coefficients, coefficients_for, load_coefficient
 from fusion_backend.kernels.epilogue_backward_turned import launch_turned
-from fusion_backend.kernels.gate import unpack
+from fusion_backend.kernels.gate import in_channels_last_order, unpack
 from fusion_backend.kernels.launching import runs
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.matrix import Tiling, tiling_for
@@ -124,7 +124,8 @@ def _backward_kernel(
 
     Their number is no constexpr: compilers would unroll the loop, and run out of registers. A unit is what one access
     reads, and its bits lie in one byte. BY_ROW: the channel of a row is row % channels, and passed and blocked are
-    [rows, blocks of units]. Else that of a column is column // spatial, and they are [blocks of rows, columns].
+    [rows, blocks of units]. Else that of a column is column // spatial, and they are [columns, blocks of rows]: sums of
+    neighbours in memory, which Inductor adds up in one kernel where they are few.
     """
     blocks = tl.cdiv(units, UNITS)
     block = tl.program_id(0) % blocks
@@ -173,7 +174,8 @@ def _backward_kernel(
             tl.store(blocked_ptr + sums, tl.sum(tl.reshape(tl.sum(blocked, 1), (ROWS, UNITS)), 1), mask=known)
     else:
         unit = block * UNITS + tl.arange(0, UNITS)
-        sums = (strip.to(tl.int64) * units + unit)[:, None] * WIDTH + place  # [UNITS, WIDTH]
+        strips = tl.num_programs(0) // blocks
+        sums = (unit.to(tl.int64)[:, None] * WIDTH + place) * strips + strip  # [UNITS, WIDTH]
         known = (unit < units)[:, None]
         if passed_ptr is not None:
             tl.store(passed_ptr + sums, tl.sum(tl.reshape(passed, (ROWS, UNITS, WIDTH)), 0), mask=known)
@@ -204,7 +206,7 @@ def launch(
 
     given = coefficients_for(grad, (scale, None, None, None), (scale_number, 0.0, None, None))
     spatial = 1 if channels_last else S
-    parts = (N, C, tiling.blocks) if tiling.by_row else (tiling.strips, C, spatial)
+    parts, dims = ((N, C, tiling.blocks), (0, 2)) if tiling.by_row else ((C, spatial, tiling.strips), (1, 2))
     grad_x = empty(grad.shape, grad, channels_last)
     passed = _empty_parts(parts, grad) if sum_passed else None
     blocked = _empty_parts(parts, grad) if sum_blocked else None
@@ -233,7 +235,7 @@ def launch(
         UNITS=tiling.tile_units,
         num_warps=tiling.num_warps,
     )
-    return grad_x, None if passed is None else passed.sum((0, 2)), None if blocked is None else blocked.sum((0, 2))
+    return grad_x, None if passed is None else passed.sum(dims), None if blocked is None else blocked.sum(dims)
 
 
 def _empty_parts(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
@@ -264,15 +266,15 @@ def _check(grad: torch.Tensor, bits: torch.Tensor | None, scale: torch.Tensor | 
         return
     if bits.dtype != torch.uint8:
         raise TypeError(f"bits has dtype {bits.dtype}; allowed is torch.uint8")
-    if bits.dim() != 1 or bits.shape[0] != cdiv(grad.numel(), 8):
+    if bits.dim() not in (1, 2) or bits.shape[-1] != cdiv(grad.numel(), 8) or (bits.dim() == 2 and bits.shape[0] != 1):
         raise ValueError(
             f"bits has shape {tuple(bits.shape)}; allowed is one bit an element, [ceil({grad.numel()} / 8)] = "
-            f"({cdiv(grad.numel(), 8)},)"
+            f"({cdiv(grad.numel(), 8)},), or with a 1 before that in channels_last order"
         )
     if bits.device != grad.device:
         raise ValueError(f"bits is on {bits.device}; allowed is grad's device, {grad.device}")
     if not bits.is_contiguous():
-        raise ValueError(f"bits has stride {bits.stride(0)}; allowed is 1: call .contiguous() on it")
+        raise ValueError(f"bits has stride {bits.stride(-1)}; allowed is 1: call .contiguous() on it")
 
 
 def _backward(
@@ -297,10 +299,12 @@ def _backward(
         grad = _laid_out(grad, channels_last)
         value, tensor = (None if t is None else _laid_out(t, channels_last) for t in (back.value, back.tensor))
         back = replace(back, value=value, tensor=tensor)
-        if to_last and not channels_last:
+        bits_last = bits is not None and in_channels_last_order(bits, channels_last)
+        if (to_last or bits_last) and not channels_last:
             grad_x, *sums = launch_turned(
                 grad, bits, scale, scale_number, *wanted, back.text, back.value, back.vectors, back.tensor
             )
+            grad_x = _laid_out(grad_x, to_last)
         else:
             tiling = tiling_for(grad, channels_last)
             grad_x, *sums = launch(grad, bits, scale, scale_number, channels_last, *wanted, tiling, back)
@@ -334,7 +338,8 @@ def epilogue_backward(
 
     ``grad``: [N, C, *spatial], rank 3 to 5, float32, float16, bfloat16, or (without a kernel) float64, of any strides.
     ``bits``: uint8 [ceil(numel / 8)] in the order of memory of the layout that ``channels_last`` names, which the first
-    result has too, unless ``to_channels_last`` names another for it; None: every element passes. ``scale``: a
+    result has too, unless ``to_channels_last`` names another for it; or [1, ceil(numel / 8)] in channels_last order in
+    any case; None: every element passes. ``scale``: a
     contiguous float32 tensor [C] on grad's device (float64 for a float64 grad) or, where that is None, the number. The
     sums are float32 [C] (float64 for float64), or [0] where they are not asked for; they are of grad as it came,
     without the scale. Equal inputs give equal bits on every run. ``program``: grad is the result of this one, of which

@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from fusion_backend.kernels.blocks import choose_config, tiles_for
 from fusion_backend.kernels.coefficients import coefficients_for, load_coefficient
+from fusion_backend.kernels.gate import in_channels_last_order
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.program import load_vectors, run_back
 from fusion_backend.kernels.rounding import cdiv
@@ -36,12 +37,13 @@ def _turned_backward_kernel(
     scale,
     HAS_SCALE: tl.constexpr,
     PROGRAM: tl.constexpr,
+    BITS_LAST: tl.constexpr,
     C_UNIT: tl.constexpr,
     S_UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One tile; ``channels`` and ``spatial`` count units, as in ``epilogue``. passed and blocked are [strips, C]."""
+    """One tile; ``channels`` and ``spatial`` count units, as in ``epilogue``. passed and blocked are [C, strips]."""
     C = channels * C_UNIT
     S = tl.cast(spatial, tl.int64) * S_UNIT
 
@@ -66,12 +68,13 @@ def _turned_backward_kernel(
         grad_x = g * load_coefficient(scale_ptr, scale, known, None, None)
     passing = inside
     if bits_ptr is not None:
-        byte = tl.load(bits_ptr + (by_channel >> 3), mask=inside, other=0).to(tl.int32)
-        passing = (byte >> (by_channel & 7).to(tl.int32)) & 1 != 0
+        bit = by_pixel if BITS_LAST else by_channel
+        byte = tl.load(bits_ptr + (bit >> 3), mask=inside, other=0).to(tl.int32)
+        passing = (byte >> (bit & 7).to(tl.int32)) & 1 != 0
         grad_x = tl.where(passing, grad_x, 0.0)
     tl.store(grad_x_ptr + by_pixel, grad_x.to(grad.dtype), mask=inside)
 
-    sums = strip.to(tl.int64) * C + channel
+    sums = channel.to(tl.int64) * (tl.num_programs(0) // blocks_c) + strip
     if passed_ptr is not None:
         tl.store(passed_ptr + sums, tl.sum(tl.where(passing, g, 0.0), 1), mask=channel < C)
     if blocked_ptr is not None:
@@ -90,7 +93,7 @@ def launch_turned(
     vectors: torch.Tensor | None = None,
     tensor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """grad is contiguous and not empty; the bits, value and tensor, too, are in its order of memory."""
+    """grad is contiguous and not empty; value and tensor, too, and the bits are in its order or in channels_last's."""
     N, C, *sizes = grad.shape
     S = math.prod(sizes)
     config = choose_config(True, grad.numel() * grad.dtype.itemsize)
@@ -99,7 +102,7 @@ def launch_turned(
     given = coefficients_for(grad, (scale, None, None, None), (scale_number, 0.0, None, None))
     grad_x = empty(grad.shape, grad, True)
     passed, blocked = (
-        torch.empty((strips, C), dtype=torch.float32, device=grad.device) if wanted else None
+        torch.empty((C, strips), dtype=torch.float32, device=grad.device) if wanted else None
         for wanted in (sum_passed, sum_blocked)
     )
     kernel: Any = _turned_backward_kernel
@@ -120,10 +123,11 @@ def launch_turned(
         given.numbers[0],
         HAS_SCALE=given.present[0],
         PROGRAM=program,
+        BITS_LAST=bits is not None and in_channels_last_order(bits, False),
         C_UNIT=tiles.c_unit,
         S_UNIT=tiles.s_unit,
         BLOCK_C=tiles.block_c,
         BLOCK_S=tiles.block_s,
         num_warps=config.num_warps,
     )
-    return grad_x, None if passed is None else passed.sum(0), None if blocked is None else blocked.sum(0)
+    return grad_x, None if passed is None else passed.sum(1), None if blocked is None else blocked.sum(1)

@@ -5,7 +5,10 @@ a NaN does; bounds that are not there block nothing. z is taken as computed, nei
 stand in the order of memory of the tail's result, the first element's being the lowest of the first byte, so that a
 kernel that writes a run of elements writes a run of bytes. The last byte is filled up with zeros:
 
-    bytes = ceil(numel / 8)
+    [bytes]       bytes = ceil(numel / 8)
+    [1, bytes]    in channels_last order whatever the result's is: where they are written before it is turned
+
+So the shape says in which order they are, to whoever reads them.
 """
 
 import math
@@ -56,12 +59,18 @@ def pack(passing: torch.Tensor, channels_last: bool) -> torch.Tensor:
     return (flat.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
 
 
+def in_channels_last_order(bits: torch.Tensor, channels_last: bool) -> bool:
+    """Of the bits of a result whose layout ``channels_last`` names."""
+    return channels_last or bits.dim() == 2
+
+
 def unpack(bits: torch.Tensor, shape: Sequence[int], channels_last: bool) -> torch.Tensor:
-    """bool [N, C, *spatial] of ``shape`` from what ``pack`` returned."""
+    """bool [N, C, *spatial] of ``shape`` from what ``pack`` returned, for a result of the given layout."""
     N, C, *spatial = shape
+    channels_last = in_channels_last_order(bits, channels_last)
     ordered = (N, *spatial, C) if channels_last else (N, C, *spatial)
     # Each byte 8 times, and of the i-th copy bit i.
-    copies = bits.to(torch.int64) * 0x0101010101010101 & (0x8040201008040201 - 2**64)
+    copies = bits.flatten().to(torch.int64) * 0x0101010101010101 & (0x8040201008040201 - 2**64)
     flat = copies.view(torch.uint8)[: math.prod(ordered)].view(ordered) != 0
     return flat.movedim(-1, 1) if channels_last else flat
 

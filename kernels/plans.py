@@ -5,7 +5,8 @@
     product   ``hopper_product``, on a Hopper, from channels_last to channels_last
     general   ``conv_transpose``, for all there is
     turned    any of the latter behind a pass that makes a contiguous x channels_last, at about a copy's speed
-    back      product or general into a channels_last workspace of the result's size, and a pass that turns that
+    back      product or general into a channels_last workspace of the result's size, and a pass that turns that; any of
+              them, and turned, for a gate's bits that a contiguous result has no whole bytes for
 
 A plan has a name, by which a measurement, a compiled graph and a report speak of it. What is chosen without a name is a
 rule, read off benchmarks/results/conv_transpose-nvidia-h200-first.json: march where it can, and turn x for the general
@@ -99,6 +100,38 @@ def _products(problem: Problem) -> Iterator[Plan]:
     rest = replace(problem, x_last=True, out_last=True, prologue=problem.prologue and not turned)
     if hopper_blocks.why_not(rest) is None:
         yield from (Plan(config, turned, back) for config in hopper_blocks.configs_for(rest))
+
+
+def plans_for_bits(problem: Problem, shape: tuple[int, ...], turned: bool) -> Iterator[Plan]:
+    """Best first, those that may write a gate's bits beside the result; ``why_no_bits`` says whether they can.
+
+    ``turned``: also such that make a contiguous x channels_last, and the result contiguous again.
+    """
+    if problem.hopper and hopper_strips.why_not(problem) is None:
+        yield from map(Plan, hopper_strips.configs_for(problem))
+    yield choose_plan(problem, shape)
+    yield Plan(tiling.choose_tiling(problem).config)
+    yield from (Plan(each.config) for each in tiling.tilings(problem))
+    if turned and not problem.out_last and _can_turn(problem):
+        rest = plans_for_bits(replace(problem, x_last=True, out_last=True), shape, False)
+        yield from (replace(plan, turned=True, back=True) for plan in rest)
+
+
+def why_no_bits(plan: Plan, problem: Problem, W_out: int) -> str | None:
+    """Why a plan cannot write a gate's bits beside an output whose rows have W_out elements; None: it can.
+
+    Where the result is turned back they are the workspace's, in channels_last order (see ``gate``).
+    """
+    rest = plan.problem(problem)
+    if isinstance(plan.config, hopper_strips.Config):
+        return hopper_strips.why_no_bits(rest, W_out)
+    if isinstance(plan.config, hopper_blocks.Config):
+        return "the product on Hopper writes none"
+    if isinstance(plan.config, strips.Config):
+        return strips.why_no_bits(rest, plan.config, W_out)
+    cut = tiling.tiling_for(rest, plan.config)
+    assert cut is not None, "a plan fits"
+    return tiling.why_no_bits(rest, cut, W_out)
 
 
 def plan_named(problem: Problem, name: str) -> Plan | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
+from benchmarks.cases import TAILS, Case
 from benchmarks.evidence import as_text, compact_training
 from fusion_backend import choice, evidence, explain, fused_post, training
 from fusion_backend.kernels import problem
@@ -97,6 +98,38 @@ def test_what_is_measured_as_long_as_it_is_near(known: list[dict[str, Any]]) -> 
     assert site.kernel == "inductor" and "predicted to have 0.91 times" in site.reason
 
 
+def test_bits_in_the_results_order_say_nothing_of_such_that_are_not(known: list[dict[str, Any]]) -> None:
+    """Rows of 16 elements, and of 15."""
+    odd = Up()
+    odd.conv.output_padding = (0, 0)
+    known.append(row({"fused": 0.5}))
+    known.append(row({"fused": 0.5}, N=8))
+    assert [site.kernel for site in explain(odd, X).sites] == ["inductor"]
+    known.append({**row({"fused": 0.8}), "kernel_stride_padding": [3, 2, 1, 0]})
+    (site,) = explain(odd, X).sites
+    assert site.kernel == "fused" and "1.25 times" in site.reason
+
+
+@pytest.mark.parametrize(
+    ("hopper", "mode", "counts"), [(True, None, True), (True, "reduce-overhead", False), (False, None, False)]
+)
+def test_an_operator_that_inductor_cannot_look_into_counts_with_what_it_takes_the_host(
+    known: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, hopper: bool, mode: str | None, counts: bool
+) -> None:
+    """0.1 ms, as in inference; the epilogue kernel has none, nor has a program."""
+    monkeypatch.setattr(problem, "is_hopper", lambda device: hopper)
+
+    def taken(epilogue: float, peer: float, tail: str = "seed", model: nn.Module | None = None) -> str:
+        known[:] = [{**row({"fused": 0.02, "epilogue": epilogue}, tail=tail), "peer": peer}]
+        (site,) = explain(torch.compile(model or Up(), backend=fused_post, mode=mode), X).sites
+        return site.kernel
+
+    assert taken(0.07, 0.06) == ("inductor" if counts else "fused")
+    assert taken(0.05, 0.06) == ("epilogue" if counts else "fused")
+    assert taken(0.15, 0.2) == "fused"
+    assert taken(0.05, 0.06, "bias_tanh", Up(torch.tanh)) == "fused"
+
+
 def test_a_lone_relu_is_judged_by_its_like(known: list[dict[str, Any]]) -> None:
     known.append(row({"fused": 0.5}))
     assert [site.kernel for site in explain(Up(F.relu), X).sites] == ["inductor"]
@@ -107,16 +140,16 @@ def test_a_lone_relu_is_judged_by_its_like(known: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(
     ("tail", "measured"),
-    [(torch.tanh, "bias_tanh"), (F.gelu, "bias_gelu"), (lambda y: F.silu(F.relu6(y)), "bias_silu")],
+    [(torch.tanh, "bias_tanh"), (F.gelu, "bias_gelu"), (lambda y: F.leaky_relu(y, 0.3), "bias_leaky_relu")],
 )
-def test_a_program_is_judged_by_its_like(known: list[dict[str, Any]], tail: Any, measured: str) -> None:
+def test_a_program_is_judged_by_the_same_program(known: list[dict[str, Any]], tail: Any, measured: str) -> None:
     """Where that speaks against it, what stands before it is judged as if there were none."""
-    known.extend(row({"fused": 0.5}, tail=other) for other in ("seed", "bias_relu"))
+    known.extend(row({"fused": 0.5}, tail=other) for other in training.KINDS if other != measured)
     (before,) = explain(Up(tail), X).sites
-    assert ";" not in before.equation
+    assert before.kernel == "inductor" and ";" not in before.equation
     known.append(row({"epilogue": 1.2, "fused": 0.8}, {"fused": 0, "epilogue": 160, "peer": 160}, measured))
     (site,) = explain(Up(tail), X).sites
-    assert (site.kernel, site.equation.count("; v")) == ("fused", 2 - (measured != "bias_silu"))
+    assert (site.kernel, site.equation.count("; v")) == ("fused", 1)
     assert "1.25 times the speed of Inductor in training" in site.reason
     assert ("its result tells the gradient" in site.reason) == (measured == "bias_tanh")
     known[-1]["plans"] = {"fused": 1.2}
@@ -124,6 +157,39 @@ def test_a_program_is_judged_by_its_like(known: list[dict[str, Any]], tail: Any,
     known[-1]["plans"] = {"folded": 0.5}
     known[-1]["kept"]["folded"] = 160
     assert explain(Up(tail), X).sites == (before,)
+
+
+@pytest.mark.parametrize(
+    ("tail", "measured"),
+    [
+        (lambda y: F.silu(F.relu6(y)), "bias_silu"),
+        (lambda y: F.gelu(y, approximate="tanh"), "bias_gelu"),
+        (torch.sigmoid, "bias_tanh"),
+        (lambda y: F.leaky_relu(y).square(), "bias_leaky_relu"),
+        (lambda y: F.leaky_relu(y, 0.3) @ y.new_ones(16, 1), "bias_leaky_relu"),  # its result stays, and tells
+        (lambda y: F.prelu(y, y.new_ones(1) / 2), "bias_leaky_relu"),
+        (lambda y: F.tanh(y).clamp(0, 1), "seed"),
+        (lambda y: y.clamp(0, 1) * 2, "bias_tanh"),
+        (F.relu, "bias_gelu"),
+    ],
+)
+def test_another_program_says_nothing(known: list[dict[str, Any]], tail: Any, measured: str) -> None:
+    known.append(row({"fused": 0.5, "epilogue": 0.5}, tail=measured))
+    assert [site.kernel for site in explain(Up(tail), X).sites] == ["inductor"]
+
+
+@pytest.mark.parametrize("name", [name for name in TAILS if name != "none"])
+def test_the_benchmarks_tails_are_of_the_kinds_that_are_written_down(known: list[dict[str, Any]], name: str) -> None:
+    case = Case("", (4, 16, 8, 8), 32, 3, 2, 1, 1, name)
+    x, *others = case.inputs("cpu", torch.float32, torch.contiguous_format)
+    known.append(row({"fused": 0.5}, tail=name))
+    (site,) = explain(case.model(), x.requires_grad_(), *others).sites
+    assert site.kernel == "fused" and "2.00 times the speed of Inductor in training" in site.reason
+
+
+def test_a_tail_of_no_known_kind_is_refused() -> None:
+    with pytest.raises(KeyError, match="none"):
+        training.case_of(row({"fused": 0.5}, tail="none"))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.conv_transpose import reference
 from fusion_backend.kernels.gate import Gate, pack, passes
 from fusion_backend.kernels.layout import empty
-from fusion_backend.kernels.plans import plans_for
+from fusion_backend.kernels.plans import plans_for, plans_for_bits
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.tiling import Tiling, choose_tiling, tilings
 from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager, tf32
@@ -65,11 +65,24 @@ class Implementation:
         )
 
     def gated(
-        self, x: torch.Tensor, weight: torch.Tensor, conv: Conv, values: tuple[Value, ...], last: bool, gate: Gate
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        conv: Conv,
+        values: tuple[Value, ...],
+        last: bool,
+        gate: Gate,
+        plan: str | None = None,
+        **options: bool,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         parameters = (conv.stride, conv.padding, conv.output_padding, conv.dilation, conv.groups)
-        with mock.patch.object(kernels, "wrap_triton", lambda kernel: kernel):
-            return (self.twin or kernels).run(x, weight, *parameters, *split(values), last, True, gate)
+        with contextlib.ExitStack() as stack:
+            for module in (kernels, row_march, epilogue):
+                stack.enter_context(mock.patch.object(module, "wrap_triton", lambda kernel: kernel))
+            if self.twin:
+                stack.enter_context(mock.patch.object(epilogue, "_transpose_kernel", EPILOGUE._transpose_kernel))
+            run = (self.twin or kernels).run
+            return run(x, weight, *parameters, *split(values), last, True, gate, plan, **options)
 
     def problem(
         self, x: torch.Tensor, weight: torch.Tensor, conv: Conv, last: bool, allow_tf32: bool = True
@@ -93,6 +106,7 @@ class Implementation:
 
 ON_CPU = Implementation("cpu")
 INTERPRETED = Implementation("cpu", interpreted(kernels))
+EPILOGUE = interpreted(epilogue)
 ON_GPU = Implementation("cuda")
 
 every_kernel = every(interpreter=INTERPRETED, gpu=ON_GPU)
@@ -156,12 +170,57 @@ def test_the_bits_of_a_gate(run: Implementation, conv: Conv, possible: tuple[boo
             assert torch.equal(bits, pack(passes(z.float(), -1.0, 3.0, gate), bool(last)))
 
 
+# Convolutions of a contiguous x whose results have no rows of whole bytes.
+ODD_ROWS = {
+    "1d": Conv((2, 16, 9), 16, (3,), (2,), (1,)),
+    "stride 3": Conv((1, 17, 5), 8, (3,), (3,)),
+    "2d": Conv((2, 16, 5, 3), 24, (3,), (2,), (1,)),
+    "one row": Conv((1, 20, 1, 5), 8, (1, 4), (1, 2), (0, 1)),
+    "8 pixels": Conv((3, 16, 1, 2), 16, (2,), (2,)),
+    "kb100_3d": Conv((1, 32, 2, 3, 4), 16, (3,), (2,), (1,)),
+    "dilated": Conv((1, 16, 3, 6), 40, (2,), (1,), (0,), (0,), (3,)),
+    "rows with whole bytes in other dimensions": Conv((1, 16, 4, 8, 3), 8, (2,), (2,)),
+}
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("conv", ODD_ROWS.values(), ids=ODD_ROWS)
+def test_bits_in_channels_last_order_where_rows_have_no_whole_bytes(
+    run: Implementation, conv: Conv, dtype: torch.dtype
+) -> None:
+    """On whole numbers and NaN, to the bit; only where that is allowed, and channels are whole bytes."""
+    x, weight, shift = conv.whole_numbers(dtype, run.device)
+    x.view(-1)[0] = math.nan
+    z = reference(x.double(), weight.double(), conv.axes, conv.groups, None, shift.double())
+    for gate in (Gate(True, False, False), Gate(False, True)):
+        given = (x, weight, conv, (None, shift, -1.0, 3.0), False, gate)
+        assert run.gated(*given) is None
+        y, bits = run.gated(*given, turned_bits=True)
+        assert is_laid_out(y, False)
+        torch.testing.assert_close(y.double(), z.clamp(-1, 3), rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(bits, pack(passes(z, -1.0, 3.0, gate), True)[None])
+    assert run.gated(laid_out(x, True), *given[1:], turned_bits=True) is None
+    seven = replace(conv, C_out=conv.C_out - 1)
+    assert run.gated(x, weight[:, 1:], seven, (None, shift[1:], 0.0, 3.0), False, gate, turned_bits=True) is None
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_bits_are_in_the_results_order_where_that_can_be(last: bool) -> None:
+    conv = GATED["the seed's"][0]
+    x, weight, shift = conv.whole_numbers(torch.float32, "cpu")
+    given = (laid_out(x, last), weight, conv, (None, shift, -1.0, 3.0), last, Gate())
+    for ours, theirs in zip(INTERPRETED.gated(*given, turned_bits=True), INTERPRETED.gated(*given), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 LARGER = {
     "k3s2": Conv((5, 64, 17, 32), 64, (3,), (2,), (1,), (1,)),
     "k2s2": Conv((3, 128, 24, 48), 64, (2,), (2,)),
     "k4s2": Conv((9, 256, 8, 8), 128, (4,), (2,), (1,)),
     "k16s8": Conv((3, 512, 40), 256, (16,), (8,), (4,)),
     "k3s2_3d": Conv((3, 32, 5, 8, 16), 16, (3,), (2,), (1,), (1,)),
+    "k3s2_3d_odd": Conv((3, 32, 5, 8, 16), 16, (3,), (2,), (1,)),
 }
 
 
@@ -177,14 +236,14 @@ def test_every_plan_writes_the_bits_of_a_gate(conv: Conv, dtype: torch.dtype, la
     problem = problem_for(x, weight, conv.axes, conv.groups, last, True)
     gate, numbers = Gate(lo_open=True, passes_nan=False), (1.0, 0.0, -1.0, 3.0)
     z = reference(x.double(), weight.double(), conv.axes, conv.groups, None, shift.double())
-    expected = pack(passes(z, -1.0, 3.0, gate), last)
     wrong: list[str] = []
     plans = [
         plan
-        for plan in plans_for(problem)
-        if not (plan.turned or plan.is_hopper) and not kernels._why_no_bits(plan, problem, conv.y[-1])
+        for plan in dict.fromkeys((*plans_for(problem), *plans_for_bits(problem, conv.x, True)))
+        if (plan.back or not plan.turned) and not plan.is_hopper and not kernels.why_no_bits(plan, problem, conv.y[-1])
     ]
     for plan in plans:
+        expected = pack(passes(z, -1.0, 3.0, gate), last or plan.back)
         given = kernels.pack_for(plan, weight, problem)
         for _ in range(5):
             y, bits = empty(conv.y, x, last).fill_(math.nan), torch.full_like(expected, 255)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -22,12 +23,14 @@ from fusion_backend.kernels import (
     epilogue_backward,
     epilogue_backward_turned,
     gate,
+    hopper_march_training,
     problem,
     row_march,
 )
 from fusion_backend.kernels import conv_transpose_training as kernels
 from fusion_backend.kernels.conv_transpose import CONV_TRANSPOSE
 from tests.kernels.compiling import on_chip, record_launches
+from tests.kernels.interpreting import interpreted
 
 GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 PATHS = [
@@ -47,6 +50,7 @@ CONVOLUTIONS = {
     "depthwise": ((2, 4, 5, 3), 4, 4, 2, 1, 0, 1, 4),
     "dilation": ((2, 4, 5, 3), 3, 3, 2, 2, 1, 2, 1),
     "one of each": ((1, 1, 1), 1, 1, 1, 0, 0, 1, 1),
+    "odd rows": ((2, 16, 3, 5), 16, 3, 2, 1, 0, 1, 1),
 }
 every_convolution = pytest.mark.parametrize("convolution", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 
@@ -258,10 +262,62 @@ def test_a_learned_bound_beside_another_is_refused() -> None:
         ours(x, weight, sizes, given)
 
 
+@pytest.fixture
+def in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of these modules run on CPU tensors, called by the operators as on a GPU."""
+    for module, names in (
+        (conv_transpose, ["_conv_transpose_kernel"]),
+        (epilogue, ["_flat_kernel", "_transpose_kernel"]),
+        (epilogue_backward, ["_backward_kernel"]),
+        (epilogue_backward_turned, ["_turned_backward_kernel"]),
+    ):
+        twin = interpreted(module)
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(twin, name))
+
+
+ODD_ROWS = {
+    "2d": ((2, 16, 5, 3), 24, 3, 2, 1, 0, 1, 1),
+    "3d": ((1, 32, 2, 3, 4), 16, 3, 2, 1, 0, 1, 1),
+    "dilated": ((2, 20, 3, 6), 16, 2, 1, 0, 0, 3, 1),
+    "1d": ((2, 16, 9), 16, 3, 2, 1, 0, 1, 1),
+    "few channels": ((2, 17, 5, 3), 8, 3, 2, 1, 0, 1, 1),
+    "groups": ((2, 32, 5, 3), 32, 3, 2, 1, 0, 1, 2),
+    "12 channels": ((2, 16, 5, 3), 20, 3, 2, 1, 0, 1, 1),
+    "whole bytes": ((2, 16, 5, 4), 16, 3, 2, 1, 1, 1, 1),
+}
+
+
+@pytest.mark.usefixtures("in_the_interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ODD_ROWS)
+def test_the_bits_of_odd_rows_are_written_before_the_result_is_turned(name: str, dtype: torch.dtype) -> None:
+    """On whole numbers: the result and every gradient are those of float64. Elsewhere the epilogue writes them."""
+    convolution, turned = ODD_ROWS[name], name in ("2d", "3d", "dilated")
+    fused = turned or name == "whole bytes"
+    x, weight, sizes = setting(convolution, "cpu", torch.float32)
+    x, weight = (t.detach().clamp(-2, 2).round().to(dtype).requires_grad_() for t in (x, weight))
+    shift = torch.arange(convolution[1]).remainder(5).sub(2).float().requires_grad_()
+    of = (x, weight, shift)
+    kwargs = {"lo_number": -1.0, "hi_number": 3.0, "passes_nan": False, "fused": True, "channels_last": False}
+    with mock.patch.object(torch, "convolution", wraps=torch.convolution) as pytorchs:
+        y, bits = torch.ops.fused_post.conv_transpose_training(x, weight, None, *sizes, shift=shift, **kwargs)
+    assert pytorchs.called != fused
+    assert y.is_contiguous() and bits.shape == ((1,) if turned else ()) + (math.ceil(y.numel() / 8),)
+    exact = [t.detach().double().requires_grad_() for t in of]
+    z = eager(*exact[:2], sizes, {"shift": exact[2]})
+    assert torch.equal(gate.unpack(bits, y.shape, False), (z >= -1) & (z <= 3))
+    grad = torch.randint(-2, 3, y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    result = torch.autograd.grad(y, of, grad)
+    expected = torch.autograd.grad(z.clamp(-1, 3), exact, grad.double())
+    for ours, true in zip((y, *result), (z.clamp(-1, 3), *expected), strict=True):
+        assert torch.equal(ours, true.to(ours.dtype))
+
+
 @every_device
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_opcheck(channels_last: bool, device: str) -> None:
-    for name in ("1d", "2d", "groups"):
+    for name in ("1d", "2d", "groups", "odd rows"):
         x, weight, sizes = setting(CONVOLUTIONS[name], device, torch.float32, channels_last)
         values = coefficients(CONVOLUTIONS[name][1], device, torch.float32)
         for kwargs in (
@@ -277,7 +333,9 @@ def test_opcheck(channels_last: bool, device: str) -> None:
             {"shift": values["shift"]},
         ):
             torch.library.opcheck(
-                torch.ops.fused_post.conv_transpose_training.default, (x, weight, None, *sizes), kwargs
+                torch.ops.fused_post.conv_transpose_training.default,
+                (x, weight, None, *sizes),
+                kwargs | {"fused": name == "odd rows"},
             )
 
 
@@ -322,6 +380,51 @@ def test_a_gpu_gets_one_kernel_forward_and_one_backward(channels_last: bool, fus
     # The gradient for a turned x comes channels_last from cuDNN, and from the fake convolution of torch 2.11 alone.
     back = [] if channels_last else ["_transpose_kernel"]
     assert names in (sorted(expected), sorted([*expected, *back]))
+
+
+@pytest.mark.parametrize("hopper", [False, True], ids=["elsewhere", "on Hopper"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpu_turns_odd_rows_once_on_each_side_and_no_gradient_in_a_pass_of_its_own(
+    dtype: torch.dtype, hopper: bool
+) -> None:
+    """At kb100_3d, whose rows have 63 elements. The backward turns x, and the gradient as it masks it."""
+    march = hopper_march_training.conv_transpose_hopper_training
+
+    def step() -> None:
+        x = torch.empty(16, 32, 16, 32, 32, dtype=dtype, device="cuda")
+        weight = torch.empty(32, 16, 3, 3, 3, dtype=dtype, device="cuda")
+        coefficients = (None, torch.empty(16, device="cuda"), None, None, 1.0, 0.0, 0.0, 0.5)
+        inputs = (x, weight, None, [2], [1], [0], [1], 1, *coefficients)
+        flags = (False, False, False, True, False, True, None, "", None, None, None)
+        y, bits = kernels.conv_transpose_training._init_fn(*inputs, *flags)
+        assert (y.shape, bits.shape) == ((16, 16, 31, 63, 63), (1, y.numel() // 8)) and y.is_contiguous()
+        ctx = SimpleNamespace(needs_input_grad=[False, True, False, *[False] * 6, True])
+        ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
+        kernels._save(ctx, (*inputs, *flags), (y, bits))
+        assert sum(gradient is not None for gradient in kernels._backward(ctx, y, None)) == 2
+
+    launches = []
+
+    def recorded(module: Any, run: Any) -> Any:
+        return lambda: launches.extend(record_launches(module, run))
+
+    modules = (conv_transpose, row_march, epilogue, epilogue_backward, epilogue_backward_turned)
+    run = functools.reduce(lambda run, module: recorded(module, run), modules, step)
+    with (
+        on_chip("sm_90"),
+        torch.no_grad(),
+        mock.patch.object(problem, "is_hopper", return_value=hopper),
+        mock.patch.object(hopper_march_training, "conv_transpose_hopper_training", side_effect=march) as marched,
+    ):
+        run()
+    names = sorted(launch.kernel.fn.__name__ for launch in launches)
+    products = [name for name in names if name in ("_conv_transpose_kernel", "_row_march_kernel")]
+    assert len(products) == (not hopper) and marched.call_count == hopper
+    turns = ["_transpose_kernel"] * 3  # x and y forward, x again in the backward
+    assert [name for name in names if name not in products] == [*turns, "_turned_backward_kernel"]
+    if hopper:
+        of_x, out_last = marched.call_args.args[0], marched.call_args.args[-3]
+        assert out_last is True and of_x.stride(1) == 1
 
 
 X, W = torch.zeros(2, 4, 5, 3), torch.zeros(4, 6, 3, 3)

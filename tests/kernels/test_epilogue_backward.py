@@ -147,6 +147,25 @@ def test_into_the_other_layout(
 
 
 @every_implementation
+@pytest.mark.parametrize("to_last", [None, False, True])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*SIZES, (2, 96, 33), (1, 3, 8, 9, 17), (3, 16, 3, 7, 5), (3, 70, 16, 8)], ids=str)
+def test_bits_in_channels_last_order_beside_any_layout(
+    run: Implementation, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, to_last: bool | None
+) -> None:
+    """The same results as by bits in the gradient's own order, to the bit but for the order of sums."""
+    grad = laid_out(random(shape, dtype, run.device), channels_last)
+    passing, scale = mask(shape, run.device), scales(shape[1], run.device)
+    bits = pack(passing, True)[None]
+    results = run(grad, bits, scale, channels_last, True, True, to_last)
+    assert_exact(results, grad, passing, scale, channels_last if to_last is None else to_last)
+    assert torch.equal(results[0], run(grad, pack(passing, channels_last), scale, channels_last)[0])
+    alone, *_ = run(grad, bits, None, channels_last, False, False, to_last)
+    assert torch.equal(alone, torch.where(passing, grad, 0.0))
+
+
+@every_implementation
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_every_argument_can_be_missing(run: Implementation, channels_last: bool, dtype: torch.dtype) -> None:
@@ -362,7 +381,10 @@ MISTAKES: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, typ
     (GRAD.to(torch.complex64), None, None, TypeError, "grad has dtype torch.complex64"),
     (GRAD, BITS.bool(), None, TypeError, "bits has dtype torch.bool; allowed is torch.uint8"),
     (GRAD, BITS[1:], None, ValueError, r"bits has shape \(11,\); allowed is one bit an element, \[ceil\(96 / 8\)\] = "),
-    (GRAD, BITS.view(1, 12), None, ValueError, r"bits has shape \(1, 12\)"),
+    (GRAD, BITS.view(2, 6), None, ValueError, r"bits has shape \(2, 6\)"),
+    (GRAD, BITS.repeat(2).view(2, 12), None, ValueError, r"bits has shape \(2, 12\); .* or with a 1 before that"),
+    (GRAD, BITS[None, 1:], None, ValueError, r"bits has shape \(1, 11\)"),
+    (GRAD, BITS.repeat(2)[None, ::2], None, ValueError, "bits has stride 2; allowed is 1: call .contiguous"),
     (GRAD, BITS.repeat(2)[::2], None, ValueError, "bits has stride 2; allowed is 1: call .contiguous"),
     (GRAD, BITS.to("meta"), None, ValueError, "bits is on meta; allowed is grad's device, cpu"),
     (GRAD, BITS, torch.ones(4), ValueError, r"scale has shape \(4,\); allowed is \[C\] = \(3,\)"),
@@ -415,6 +437,7 @@ def test_opcheck(shape: tuple[int, ...], channels_last: bool, device: str) -> No
     torch.library.opcheck(operator, (grad, bits, scale, 1.0, channels_last, True, True))
     torch.library.opcheck(operator, (grad, None, None, 2.0, not channels_last, True, False))
     torch.library.opcheck(operator, (grad, bits, scale, 1.0, channels_last, True, True, not channels_last))
+    torch.library.opcheck(operator, (grad, bits[None], scale, 1.0, channels_last, True, True, True))
 
 
 def test_there_is_no_second_derivative() -> None:
@@ -574,12 +597,16 @@ def test_inductor_launches_the_kernel_without_python(channels_last: bool, dynami
             assert "torch.ops.fused_post" not in code
 
 
+@pytest.mark.parametrize("bits_last", [False, True], ids=["bits in order", "bits in the other order"])
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_turning_spills_nothing_and_reads_and_writes_whole_vectors(dtype: torch.dtype, chip: str) -> None:
+def test_turning_spills_nothing_and_reads_and_writes_whole_vectors(
+    dtype: torch.dtype, chip: str, bits_last: bool
+) -> None:
     with on_chip(chip):
         grad = empty((128, 64, 256, 256), torch.empty(0, dtype=dtype, device="cuda"), False)
         bits = torch.empty(grad.numel() // 8, dtype=torch.uint8, device="cuda")
+        bits = bits.unsqueeze(0) if bits_last else bits
         scale = torch.empty(64, device="cuda")
         (launch,) = record_launches(turned, lambda: turned.launch_turned(grad, bits, scale, 1.0, True, True))
     compiled = compile_launch(launch, CHIPS[chip])

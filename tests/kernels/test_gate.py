@@ -90,6 +90,7 @@ def test_what_is_packed_is_unpacked(shape: tuple[int, ...], channels_last: bool)
         bits = pack(given, channels_last)
         assert (bits.dtype, bits.shape) == (torch.uint8, (math.ceil(passing.numel() / 8),))
         assert torch.equal(unpack(bits, shape, channels_last), passing)
+        assert not channels_last or torch.equal(unpack(bits[None], shape, False), passing)
     one_by_one = (passing.movedim(1, -1) if channels_last else passing).flatten().tolist()
     assert [bits[i // 8].item() >> i % 8 & 1 for i in range(passing.numel())] == one_by_one
 

@@ -368,6 +368,46 @@ def test_training_runs_the_march_and_its_gradients_are_right(hopper: str, from_l
             torch.testing.assert_close(each, other, rtol=0, atol=0, check_stride=False)
 
 
+ODD_BYTES = {
+    "2d": Conv((3, 64, 5, 66), 64, (3,), (2,), (1,), (1,)),
+    "3d": Conv((2, 32, 3, 8, 32), 16, (3,), (2,), (1,)),
+}
+
+
+@pytest.mark.parametrize("conv", ODD_BYTES.values(), ids=ODD_BYTES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_runs_the_march_channels_last_where_rows_have_no_whole_bytes(
+    hopper: str, conv: Conv, dtype: torch.dtype
+) -> None:
+    """The gradients of the epilogue's bits, to the bit, called as it is and compiled by Inductor."""
+    x, weight, shift = conv.whole_numbers(dtype, hopper, largest=1)
+    leaves = [t.requires_grad_() for t in (x, weight, shift)]
+    grad = torch.randint(-1, 2, conv.y, device=hopper).to(dtype)
+    axis = conv.axes[0]
+    sizes = ([axis.stride], [axis.padding], [axis.output_padding], [axis.dilation])
+
+    def forward(x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, fused: bool) -> tuple[torch.Tensor, ...]:
+        return conv_transpose_training(
+            x, weight, None, *sizes, shift=shift, lo_number=-1.0, hi_number=3.0, passes_nan=False,
+            fused=fused, channels_last=False,
+        )  # fmt: skip
+
+    results = []
+    with mock.patch.object(hopper_march, "launch", side_effect=launch) as launched:
+        for run, fused, count in (
+            (forward, True, 1),
+            (torch.compile(forward, fullgraph=True), True, 2),
+            (forward, False, 2),
+        ):
+            y, bits = run(*leaves, fused)
+            assert launched.call_count == count and not hopper_march._broken
+            assert is_laid_out(y, False) and bits.dim() == 1 + fused
+            results.append((y, unpack(bits, y.shape, False), *torch.autograd.grad(y, leaves, grad)))
+    for ours in results[:2]:
+        for each, other in zip(ours, results[2], strict=True):
+            torch.testing.assert_close(each, other, rtol=0, atol=0, check_stride=False)
+
+
 def operator(
     conv: Conv, x: torch.Tensor, weight: torch.Tensor, last: bool, config: Config, shift: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -629,15 +669,20 @@ def test_training_takes_the_march_where_it_writes_bits_and_a_named_plan_before_t
         ) as march,
         mock.patch.object(kernels, "launch_plan"),
     ):
-        for conv, plan, taken in (
-            (K3S2_BYTES, None, True),
-            (K3S2_BYTES, "128x64x128, 4 warps, 3 stages", False),
-            (replace(K3S2_BYTES, x=(3, 64, 5, 66)), None, False),
+        for conv, plan, turned, taken in (
+            (K3S2_BYTES, None, False, True),
+            (K3S2_BYTES, None, True, True),
+            (K3S2_BYTES, "128x64x128, 4 warps, 3 stages", False, False),
+            (ODD_BYTES["2d"], None, False, False),
+            (ODD_BYTES["2d"], None, True, True),
+            (ODD_BYTES["2d"], "128x64x128, 4 warps, 3 stages", True, False),
         ):
             x, weight, _ = conv.fakes(torch.bfloat16, False, False)
             rest = ((None,) * 4, (1.0, 0.0, 0.0, None), False, True)
             before = march.call_count
-            ran = kernels.run(x, weight, *sizes, 1, *rest, gate, plan)
+            ran = kernels.run(x, weight, *sizes, 1, *rest, gate, plan, turned_bits=turned)
             assert march.call_count - before == taken
             if taken:
-                assert [each.shape for each in ran] == [conv.y, (math.prod(conv.y) // 8,)]
+                order = (1,) if conv is ODD_BYTES["2d"] else ()
+                assert [each.shape for each in ran] == [conv.y, (*order, math.prod(conv.y) // 8)]
+                assert is_laid_out(ran[0], False)

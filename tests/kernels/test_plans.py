@@ -7,7 +7,7 @@ import torch
 
 from fusion_backend.kernels.hopper_strips import why_not
 from fusion_backend.kernels.phases import Axis
-from fusion_backend.kernels.plans import choose_plan, plan_named, plans_for
+from fusion_backend.kernels.plans import choose_plan, plan_named, plans_for, plans_for_bits, why_no_bits
 from fusion_backend.kernels.problem import Problem
 
 SEED = Problem(
@@ -114,3 +114,34 @@ def test_results_are_turned_back_where_float32_has_no_whole_sectors() -> None:
     others = ({"out_last": True}, {"dtype": torch.bfloat16, "tf32": False}, {"axes": (Axis(), Axis(), Axis(8, 4, 2))})
     for other in others:
         assert not any(plan.back for plan in plans_for(replace(vocoder, **other)))
+
+
+def test_bits_are_asked_of_what_writes_the_result_as_it_is_before_what_is_turned_on_both_sides() -> None:
+    """There is some for whatever is contiguous and can be turned, as if all were channels_last."""
+    for problem in EVERYTHING:
+        shape = (128, problem.C_in * problem.groups, 128, 128)
+        plain, plans = (list(plans_for_bits(problem, shape, turned)) for turned in (False, True))
+        assert plans[: len(plain)] == plain and set(plain) <= set(plans_for(problem))
+        assert plain[0].is_hopper == (problem.hopper and why_not(problem) is None)
+        rest = replace(problem, x_last=True, out_last=True)
+        both = plans[len(plain) :]
+        assert bool(both) == (problem.dot and not problem.exact and not problem.x_last and not problem.out_last)
+        assert all(plan.turned and plan.back and plan.problem(problem) == rest for plan in both)
+        alone = [replace(plan, turned=False, back=False) for plan in both]
+        assert not both or alone == list(plans_for_bits(rest, shape, True))
+        assert all(plan.name.startswith("turned ") and plan.name.endswith(", turned back") for plan in both)
+
+
+def test_bits_of_a_result_that_is_turned_back_are_the_workspaces() -> None:
+    for problem in (SEED, replace(SEED, hopper=True), WIDE, DOWN):
+        shape = (128, problem.C_in, 128, 128)
+        for C_out in (64, 60):
+            given = replace(problem, C_out=C_out)
+            for plan in plans_for_bits(given, shape, True):
+                reason = why_no_bits(plan, given, 63)
+                assert plan.back or reason is not None
+                if plan.back:
+                    rest = replace(given, x_last=True, out_last=True)
+                    assert reason == why_no_bits(replace(plan, turned=False, back=False), rest, 64)
+                    assert C_out == 64 or reason is not None
+        assert any(why_no_bits(plan, problem, 63) is None for plan in plans_for_bits(problem, shape, True))
