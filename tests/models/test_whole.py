@@ -116,9 +116,12 @@ def test_a_table_of_whole_models_has_what_was_measured(monkeypatch: pytest.Monke
     }
     row = {"case": "20", "dtype": "float32", "sites": [{"kernel": "fused"}, {"kernel": None}], "contenders": contenders}
     wrong = row | {"case": "3", "contenders": contenders | {"fused_post": {"error": 1.0}}}
-    monkeypatch.setattr(tables, "load", lambda name: [row, wrong])
+    lost = row | {"case": "5", "sites": [], "contenders": {"row": {"raised": "MemoryError: too large"}}}
+    monkeypatch.setattr(tables, "load", lambda name: [row, lost, wrong])
     before, *table, after = tables.written("<!-- kernelbench -->\n<!-- kernelbench -->").splitlines()
     assert before == after and table[2:] == [
         "| 3 | fp32 | 1 of 2 | 3.000 | 2.000 | - | - | - | - |",
+        "| 5 | fp32 | 0 of 0 | - | - | - | - | - | - |",
         "| 20 | fp32 | 1 of 2 | 3.000 | 2.000 | - | 1.000 | 2.00x | 1.50x |",
+        "| geometric mean |  |  |  |  |  |  | 2.00x | 1.50x |",
     ]
