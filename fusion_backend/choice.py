@@ -226,7 +226,7 @@ def is_relaid(site: Site, around: Surroundings) -> bool | None:
     if site.convolution.rank != 2 or layout_of(value)[0]:
         return False
     # What is in both layouts at once would come back with strides of the other.
-    one = value.shape[1] == 1 or all(isinstance(size, int) and size == 1 for size in value.shape[-2:])
+    one = all(isinstance(size, int) and size == 1 for size in value.shape[-2:])
     return None if around.relayout and one else around.relayout
 
 
@@ -291,7 +291,7 @@ def problem_of(site: Site, relayout: bool = False) -> tuple[Problem, tuple[int, 
     last, allow_tf32 = layout_of(convolution.value)
     problem = problem_for(x.to(dtype), weight, axes, convolution.groups, bool(last), allow_tf32)
     if relayout:
-        problem = replace(problem, x_last=True, out_last=True)
+        problem = replace(problem, x_last=shape[1] != 1, out_last=True)
     spans = (cdiv(axis.output_size(size), axis.stride) for axis, size in zip(axes, shape[2:], strict=True))
     problem = replace(problem, positions=shape[0] * math.prod(spans), prologue=site.prologue is not None)
     if site.program is not None:
@@ -323,10 +323,15 @@ def hint_of(size: Any) -> int | None:
 
 def layout_of(value: Any) -> tuple[bool | None, bool]:
     """Of a convolution's output: ``channels_last``, as eager's convolution has it (None, as the input has it, where
-    strides are not recorded), and ``allow_tf32``, as the user has it."""
+    strides are not recorded), and ``allow_tf32``, as the user has it.
+
+    The last stride tells the layout of a single pixel, and the channel's that of a single channel.
+    """
     stride = getattr(value, "stride", None)
-    is_last = value.shape[1] != 1 and bool(statically_known_true(stride(1) == 1)) if callable(stride) else None
-    return is_last, allows_tf32()
+    if not callable(stride):
+        return None, allows_tf32()
+    is_last = statically_known_true(stride(1) == 1) and statically_known_true(stride(-1) == value.shape[1])
+    return bool(is_last), allows_tf32()
 
 
 def allows_tf32() -> bool:
