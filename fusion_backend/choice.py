@@ -30,7 +30,7 @@ from fusion_backend.patterns.coefficient import is_infinite, leaves
 from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import needs_gradient, value_of
-from fusion_backend.program_text import trained, written
+from fusion_backend.program_text import rereads, trained, written
 from fusion_backend.surroundings import Surroundings, is_stored, saves_a_pass
 
 UNKNOWN_LAYOUT = "which layout Inductor gives the convolutions beside it cannot be told"
@@ -39,6 +39,7 @@ RELAID_IN_TRAINING = (
 )
 
 LEARNED_SCALE = "its scale is learned, and without the convolution's value the gradient of that takes a convolution"
+REREAD = "what is added to it may be written to before the backward, which would read it again"
 RELU_ALONE = "its result, which the next operation keeps, tells where the gradient of a relu passes"
 
 NO_WAY = "its residual would have to become channels_last"
@@ -144,11 +145,14 @@ def _takes_prologue(site: Site, plan: str) -> bool:
 
 
 def _training_asked_for(site: Site, requested: str, saves: bool) -> Choice:
+    why = "asked for"
     if site.program is not None and not _learns_nothing(site):
-        return Choice(requested, f"asked for; {_kept_for(site, requested)}", training=True)
+        if not rereads(site):
+            return Choice(requested, f"{why}; {_kept_for(site, requested)}", training=True)
+        why = f"{why}; {REREAD}"
     if not site.tail and site.convolution.bias is None:
         return _inductor(site, "there is nothing to fold", saves)
-    return Choice(requested, "asked for", training=True, program=False)
+    return Choice(requested, why, training=True, program=False)
 
 
 def _kept_for(site: Site, kernel: str) -> str:
@@ -173,7 +177,7 @@ def _trained(site: Site, around: Surroundings, problem: str | None, saves: bool)
         return _inductor(site, f"no kernel of ours is taken: {problem}", saves)
     if not problem and is_relaid(site, around) is not False:
         problem = RELAID_IN_TRAINING
-    if not problem and site.program is not None and not _learns_nothing(site):
+    if not problem and site.program is not None and not _learns_nothing(site) and not rereads(site):
         found = problem_of(replace(site, program=None))
         best = found and training.predict(*found, _kind(site), gpu_name(site.convolution.value.device))
         if isinstance(best, training.Prediction) and best.is_taken and best.way != training.FOLDED:
