@@ -157,16 +157,21 @@ def whole(name: str) -> str:
     """Milliseconds of whole models, how many of their sites are fused, and the speedup over the best peer."""
     lines = []
     rows = load(f"{name}_nvidia-h200.json")
+    speedups: dict[str, list[float]] = {"ms": [], "wall_ms": []}
     for row in sorted(rows, key=lambda row: int(row["case"]) if row["case"].isdigit() else 0):
         columns = {name: column for name, column in row["contenders"].items() if "ms" in column}
         fused = sum(site["kernel"] == "fused" for site in row["sites"])
         cells = [row["case"], DTYPE[row["dtype"]], f"{fused} of {len(row['sites'])}"]
         cells += [f"{columns[name]['ms']:.3f}" if name in columns else "-" for name in (*PEERS, OURS)]
-        for unit in ("ms", "wall_ms"):
+        for unit, found in speedups.items():
             best = min((columns[name][unit] for name in PEERS if name in columns), default=None)
             ours = columns.get(OURS, {}).get(unit)
+            if best and ours:
+                found.append(best / ours)
             cells.append(f"{best / ours:.2f}x" if best and ours else "-")
         lines.append(cells)
+    means = [f"{statistics.geometric_mean(found):.2f}x" if found else "-" for found in speedups.values()]
+    lines.append(["geometric mean", *[""] * 6, *means])
     ways = "eager | Inductor | max-autotune | fused_post | speedup | with the host"
     return table(f"| model | dtype | fused | {ways} |", lines)
 

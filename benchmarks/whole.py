@@ -39,7 +39,8 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._inductor.async_compile import shutdown_compile_workers
+from torch._inductor import async_compile
+from torch._inductor.compile_worker.subproc_pool import SubprocPool
 from torch.overrides import TorchFunctionMode
 
 import fusion_backend
@@ -58,10 +59,11 @@ ROUNDS = 30  # at most
 # Behind a graph break the contenders share code, and with it Dynamo's cache, unless each has its own.
 ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
+# Strict: else what interrupts it, or a mistake, would make Inductor's code of it, and that would be timed.
 COMPILED: dict[str, dict[str, object]] = {
     "inductor": {},
-    "fused_post": {"backend": backend},
-    "fused_post fused": {"backend": backend, "options": {"fused_post.kernel": "fused"}},
+    "fused_post": {"backend": backend, "options": {"fused_post.strict": True}},
+    "fused_post fused": {"backend": backend, "options": {"fused_post.strict": True, "fused_post.kernel": "fused"}},
     "inductor max-autotune": {"mode": "max-autotune-no-cudagraphs"},
 }
 CONTENDERS = ("eager", "inductor", "fused_post", "inductor max-autotune")
@@ -92,10 +94,11 @@ class Row:
         self.correct: dict[str, Callable[[], Tensor]] = {}
         self.y: tuple[int, ...] | None = None
         self.tf32_error: float | None = None
+        self.references_s = 0.0
 
-    def prepare(self, contenders: Iterable[str], seconds: float) -> None:
-        """Compile and check every contender. ``seconds``: what is not ready by then is left out."""
-        until = time.monotonic() + seconds
+    def prepare(self, contenders: Iterable[str], until: float) -> None:
+        """Compile and check every contender. ``until``: when, by ``time.monotonic``, what is not ready is left out."""
+        begun = time.monotonic()
         self.sites = fusion_backend.explain(self.model, *self.inputs).sites
         exact = self.in_float64()
         eagers = self.model(*self.inputs)
@@ -108,6 +111,7 @@ class Row:
                 self.tf32_error = relative(zip(self.in_float64(), exact, strict=True))
             error = max(error, self.tf32_error)
         allowed = 2 * error + TOLERANCE[self.dtype] / 10
+        self.references_s = round(time.monotonic() - begun, 1)
         for name in contenders:
             run = self.contender(name)
             begun = time.monotonic()
@@ -149,7 +153,8 @@ class Row:
             columns[name]["speed"] = best / columns[name]["ms"]
         sites = [asdict(site) for site in self.sites]
         shapes = {"x": tuple(self.inputs[0].shape), "y": self.y}
-        return shapes | {"tf32_error": self.tf32_error, "sites": sites, "contenders": columns}
+        about = {"references_s": self.references_s, "tf32_error": self.tf32_error}
+        return shapes | about | {"sites": sites, "contenders": columns}
 
 
 class RoundedToTF32(TorchFunctionMode):
@@ -195,14 +200,23 @@ _PREPARED: dict[rows.Key, Row] = {}
 
 @torch.no_grad()
 def prepare(entry: Entry, dtype: torch.dtype, device: str, contenders: Iterable[str], seconds: float) -> None:
+    until = time.monotonic() + seconds
     _PREPARED.clear()  # a process has one row at a time
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # beyond it Dynamo would run a contender as eager does
     row = Row(entry, dtype, device)
-    row.prepare(contenders, seconds)
+    row.prepare(contenders, until)
     _PREPARED[entry, dtype] = row
-    shutdown_compile_workers()  # else one that was too late goes on
+    end_compilers()  # else one that was too late goes on
     release(device)
+
+
+def end_compilers() -> None:
+    """At once: left to itself Inductor waits until all is compiled that is still queued, minutes of max-autotune's."""
+    for pool in async_compile._pool_set:
+        if isinstance(pool, SubprocPool):
+            pool.process.kill()  # its own processes end with it
+    async_compile.shutdown_compile_workers()
 
 
 @torch.no_grad()
@@ -258,7 +272,7 @@ def main(
     outcomes = rows.measured(
         parts(todo, workers, sizes or {}, math.inf if args.cpu else 0.65 * torch.cuda.mem_get_info()[1]),
         # Processes take a while to start. A contender that is late is left out; only where it cannot be, the row is.
-        functools.partial(prepare, device=device, contenders=in_order(args.contenders), seconds=0.7 * args.limit),
+        functools.partial(prepare, device=device, contenders=in_order(args.contenders), seconds=most_of(args.limit)),
         functools.partial(measure, device=device, seconds=args.seconds),
         workers,
         args.budget,
@@ -296,6 +310,11 @@ def parts(todo: list[rows.Key], workers: int, sizes: Mapping[str, int], most: fl
     count = max(math.ceil(len(todo) / workers), math.ceil(sum(size.values()) / most))
     largest_first = sorted(todo, key=size.__getitem__, reverse=True)
     return [part for part in (largest_first[i::count] for i in range(count)) if part]
+
+
+def most_of(limit: float) -> float:
+    """What a process may take for what it can leave out, of the seconds after which it is stopped."""
+    return max(0.7 * limit, limit - 40.0)
 
 
 def in_order(contenders: Iterable[str]) -> tuple[str, ...]:

@@ -44,7 +44,9 @@ VALUES = """
 A value may be read more than once, as in `x * sigmoid(x)`, if all its readers belong to the tail: `add`, `sub`, `rsub`
 (with a constant `alpha`), `mul`, `div`, `minimum` and `maximum` of two such values are steps. `detach()`, `clone()` and
 a reshape to the same shape are taken along. So is a tensor of the convolution's shape, dtype and memory format in the
-place of one of the two, a residual or a mask: at most two of them, in training one, and without `alpha`.
+place of one of the two, a residual or a mask: at most two of them, in training one, and without `alpha`. In training a
+tensor that is only added, which eager does not keep, must be made in the same graph if the backward would read it:
+others may write to it.
 
 ## Activations
 

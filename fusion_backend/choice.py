@@ -30,7 +30,7 @@ from fusion_backend.patterns.coefficient import is_infinite, leaves
 from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import needs_gradient, value_of
-from fusion_backend.program_text import trained, written
+from fusion_backend.program_text import rereads, trained, written
 from fusion_backend.surroundings import Surroundings, is_stored, saves_a_pass
 
 UNKNOWN_LAYOUT = "which layout Inductor gives the convolutions beside it cannot be told"
@@ -39,6 +39,7 @@ RELAID_IN_TRAINING = (
 )
 
 LEARNED_SCALE = "its scale is learned, and without the convolution's value the gradient of that takes a convolution"
+REREAD = "what is added to it may be written to before the backward, which would read it again"
 RELU_ALONE = "its result, which the next operation keeps, tells where the gradient of a relu passes"
 
 NO_WAY = "its residual would have to become channels_last"
@@ -144,11 +145,14 @@ def _takes_prologue(site: Site, plan: str) -> bool:
 
 
 def _training_asked_for(site: Site, requested: str, saves: bool) -> Choice:
+    why = "asked for"
     if site.program is not None and not _learns_nothing(site):
-        return Choice(requested, f"asked for; {_kept_for(site, requested)}", training=True)
+        if not rereads(site):
+            return Choice(requested, f"{why}; {_kept_for(site, requested)}", training=True)
+        why = f"{why}; {REREAD}"
     if not site.tail and site.convolution.bias is None:
         return _inductor(site, "there is nothing to fold", saves)
-    return Choice(requested, "asked for", training=True, program=False)
+    return Choice(requested, why, training=True, program=False)
 
 
 def _kept_for(site: Site, kernel: str) -> str:
@@ -172,7 +176,7 @@ def _trained(site: Site, options: Options, around: Surroundings, problem: str | 
         return _inductor(site, f"no kernel of ours is taken: {problem}", saves)
     if not problem and is_relaid(site, around) is not False:
         problem = RELAID_IN_TRAINING
-    if not problem and site.program is not None and not _learns_nothing(site):
+    if not problem and site.program is not None and not _learns_nothing(site) and not rereads(site):
         found = problem_of(replace(site, program=None))
         kind = training.kind_of(written(trained(site))[0], _result_tells(site))
         best = found and training.predict(*found, kind, gpu_name(site.convolution.value.device))
@@ -226,7 +230,7 @@ def is_relaid(site: Site, around: Surroundings) -> bool | None:
     if site.convolution.rank != 2 or layout_of(value)[0]:
         return False
     # What is in both layouts at once would come back with strides of the other.
-    one = value.shape[1] == 1 or all(isinstance(size, int) and size == 1 for size in value.shape[-2:])
+    one = all(isinstance(size, int) and size == 1 for size in value.shape[-2:])
     return None if around.relayout and one else around.relayout
 
 
@@ -291,7 +295,7 @@ def problem_of(site: Site, relayout: bool = False) -> tuple[Problem, tuple[int, 
     last, allow_tf32 = layout_of(convolution.value)
     problem = problem_for(x.to(dtype), weight, axes, convolution.groups, bool(last), allow_tf32)
     if relayout:
-        problem = replace(problem, x_last=True, out_last=True)
+        problem = replace(problem, x_last=shape[1] != 1, out_last=True)
     spans = (cdiv(axis.output_size(size), axis.stride) for axis, size in zip(axes, shape[2:], strict=True))
     problem = replace(problem, positions=shape[0] * math.prod(spans), prologue=site.prologue is not None)
     if site.program is not None:
@@ -323,10 +327,15 @@ def hint_of(size: Any) -> int | None:
 
 def layout_of(value: Any) -> tuple[bool | None, bool]:
     """Of a convolution's output: ``channels_last``, as eager's convolution has it (None, as the input has it, where
-    strides are not recorded), and ``allow_tf32``, as the user has it."""
+    strides are not recorded), and ``allow_tf32``, as the user has it.
+
+    The last stride tells the layout of a single pixel, and the channel's that of a single channel.
+    """
     stride = getattr(value, "stride", None)
-    is_last = value.shape[1] != 1 and bool(statically_known_true(stride(1) == 1)) if callable(stride) else None
-    return is_last, allows_tf32()
+    if not callable(stride):
+        return None, allows_tf32()
+    is_last = statically_known_true(stride(1) == 1) and statically_known_true(stride(-1) == value.shape[1])
+    return bool(is_last), allows_tf32()
 
 
 def allows_tf32() -> bool:

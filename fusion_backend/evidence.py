@@ -213,7 +213,7 @@ def case_of(row: dict[str, Any]) -> Case:
         groups=1,
         positions=positions,
         dtype=dtype,
-        x_last=last,
+        x_last=last and C_in > 1 and max(sizes) > 1,  # else x is contiguous as well, and counts as that
         out_last=last and len(sizes) > 1,  # in one dimension cuDNN's is contiguous
         tf32=dtype == torch.float32,
         exact=False,

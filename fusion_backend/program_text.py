@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fusion_backend.patterns.coefficient import Coefficient
+from fusion_backend.patterns.coefficient import Coefficient, leaves
 from fusion_backend.patterns.program import Instruction
 from fusion_backend.patterns.site import Site
-from fusion_backend.patterns.source import is_tensor, value_of
+from fusion_backend.patterns.source import is_tensor, needs_gradient, value_of
 from fusion_backend.patterns.vocabulary import read_call
 
 # Of these eager keeps the result itself, as of any in place, so nobody may write to that before the backward.
@@ -40,6 +40,31 @@ def _may_be_written(site: Site) -> bool:
             if _is_view(user, name):
                 names.append(user)
     return False
+
+
+def rereads(site: Site) -> bool:
+    """Whether the backward reads a tensor that eager does not keep, and that others may write to before it.
+
+    Of a sum eager keeps neither part. Our backward makes what is behind a sum anew, and reads the tensor for that.
+    """
+    from fusion_backend.kernels.program_training import takes  # which needs triton
+
+    assert site.program is not None
+    instructions = trained(site)
+    text, columns = written(instructions)
+    wanted = [f"c{i}" for i, column in enumerate(columns) if any(leaf.learned for leaf in leaves(column))]
+    wanted += ["t0" for tensor in site.program.tensors if needs_gradient(value_of(tensor))]
+    if not site.program.tensors or not takes(text, "t1", wanted):
+        return False
+    eager_keeps = any(-1 in each.values and each.name not in ("add", "sub") for each in instructions)
+    return not eager_keeps and any(map(_is_at_hand, site.program.tensors))
+
+
+def _is_at_hand(tensor: fx.Node) -> bool:
+    """Whether it, or what it is a view of, comes into the graph or leaves it."""
+    graph = tensor.graph
+    ends = {*graph.find_nodes(op="placeholder"), *graph.find_nodes(op="get_attr"), *graph.output_node().all_input_nodes}
+    return any(each is tensor or (is_tensor(value_of(each)) and _is_view(tensor, each)) for each in ends)
 
 
 def _is_in_place(node: fx.Node) -> bool:

@@ -76,6 +76,8 @@ def use_fused(
             with y.graph.inserting_before(y):
                 y.update_arg(0, y.graph.call_method("contiguous", (x,), {"memory_format": torch.channels_last}))
             y = y.graph.call_method("contiguous", (y,))
+        if relayout or last:
+            y = _strided(site, y)
     _replace(site, readers, y)
     before = site.prologue.nodes if site.prologue else ()
     for node in (site.convolution.node, *reversed(before)):
@@ -95,13 +97,24 @@ def use_training(site: Site, fused: bool, leave_bias: bool, program: bool = Fals
     gate, readers = site.gate, _readers(site)
     assert gate is not None
     with _inserting(site):
-        flags = (gate.lo_open, gate.hi_open, gate.passes_nan, fused, *layout_of(site.convolution.value))
+        last, allow_tf32 = layout_of(site.convolution.value)
+        flags = (gate.lo_open, gate.hi_open, gate.passes_nan, fused, last, allow_tf32)
         target = torch.ops.fused_post.conv_transpose_training.default
         both = _call(site, target, *flags, leave_bias=leave_bias, **_programs(site))
         y = both.graph.call_function(operator.getitem, (both, 0))
+        if last:
+            y = _strided(site, y)
     _replace(site, readers, y)
     site.convolution.node.graph.erase_node(site.convolution.node)
     return True
+
+
+def _strided(site: Site, y: fx.Node) -> fx.Node:
+    """With the strides that the graph records: that of a single channel is all that tells channels_last."""
+    stride = getattr(value_of(site.last), "stride", None)
+    if site.convolution.value.shape[1] != 1 or not callable(stride) or stride(1) == 1:
+        return y
+    return y.graph.call_method("unsqueeze", (y.graph.call_method("squeeze", (y, 1)), 1))
 
 
 def _call(site: Site, target: Any, *flags: Any, leave_bias: bool | None = None, **program: Any) -> fx.Node:

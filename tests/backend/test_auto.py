@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
+from benchmarks.measure import TOLERANCE, relative_rmse
 from fusion_backend import autotune, choice, evidence, explain, fused_post
 from fusion_backend.kernels import hopper_strips, problem
 from fusion_backend.kernels.phases import Axis
@@ -180,6 +181,50 @@ def test_a_site_among_ordinary_convolutions_is_channels_last_like_them(memory_fo
     )
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     assert y.stride() == expected.stride()
+
+
+class OneChannel(nn.Module):
+    """As MONAI's AutoEncoder ends, whose last convolution is measured."""
+
+    def __init__(self, among: bool, tail: bool) -> None:
+        super().__init__()
+        self.before = nn.Conv2d(32, 32, 1) if among else nn.Identity()
+        self.up = nn.ConvTranspose2d(32, 1, 3, 2, 1, 1)
+        self.behind = nn.ReLU() if tail else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.behind(self.up(self.before(x)))
+
+
+@pytest.mark.usefixtures("on_h200")
+@pytest.mark.parametrize(("among", "tail"), [(False, True), (True, True), (False, False), (True, False)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_result_of_one_channel_finds_its_measurement(
+    among: bool, tail: bool, memory_format: torch.memory_format
+) -> None:
+    """It is contiguous in either layout; what x is tells which was measured."""
+    model = OneChannel(among, tail).bfloat16().eval().to(memory_format=memory_format)
+    x = torch.randn(16, 32, 128, 128, dtype=torch.bfloat16).to(memory_format=memory_format)
+    compiled = torch.compile(model, backend=fused_post, options=OPTIONS)
+    with torch.no_grad():
+        (site,) = explain(model, x).sites
+        y, expected = compiled(x), model(x)
+    last = among or memory_format is torch.channels_last
+    speedup = [3, 4][last]
+    assert site.kernel == "fused" and f"predicted to have {speedup}." in site.reason
+    assert "at the most similar measured case, monai_autoencoder 4" in site.reason
+    assert ("in channels_last like the convolutions" in site.reason) == (last and x.is_contiguous())
+    assert relative_rmse(y, model, (x,)) <= 2 * relative_rmse(expected, model, (x,)) + TOLERANCE[y.dtype] / 10
+    assert y.stride() == model.up(model.before(x)).stride()  # as Dynamo has it, and eager without a relu
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("sizes", [(8, 1, 5), (1, 4, 5), (8, 4, 1), (8, 4, 5)])
+def test_the_layout_of_a_result_is_eagers(sizes: tuple[int, int, int], memory_format: torch.memory_format) -> None:
+    C_in, C_out, size = sizes
+    conv = nn.ConvTranspose2d(C_in, C_out, 3, 2, 1).to(memory_format=memory_format)
+    y = conv(torch.randn(2, C_in, size, size).to(memory_format=memory_format))
+    assert choice.layout_of(y)[0] == (memory_format is torch.channels_last)
 
 
 @pytest.mark.usefixtures("on_h200")

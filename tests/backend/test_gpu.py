@@ -57,6 +57,27 @@ def assert_accurate(result: Tensor, model: nn.Module, x: Tensor) -> None:
     assert relative_rmse(result, model, (x,)) <= allowed
 
 
+@pytest.mark.parametrize("plan", [None, "march", "hopper"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@torch.no_grad()
+def test_a_result_of_one_channel(last: bool, plan: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is contiguous and channels_last at once, and its layout is x's."""
+    model, x = nn.Sequential(nn.ConvTranspose2d(32, 1, 3, 2, 1, 1), nn.ReLU()), torch.randn(4, 32, 64, 64)
+    model, x = model.to("cuda", torch.bfloat16), x.to("cuda", torch.bfloat16)
+    if last:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    if plan == "hopper" and not is_hopper(x.device):
+        pytest.skip("no Hopper")
+
+    def named(site: Any, *_: Any) -> str:
+        problem, _ = choice.problem_of(site)
+        return next(each.name for each in plans_for(problem) if each.name.startswith(plan))
+
+    if plan is not None:
+        monkeypatch.setattr(choice, "_plan_asked_for", named)
+    assert_accurate(torch.compile(model, backend=fused_post, options=FUSED)(x), model, x)
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @torch.no_grad()

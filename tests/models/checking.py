@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cases import CONV
 from benchmarks.measure import TOLERANCE, relative_rmse
+from benchmarks.whole import RoundedToTF32
 from fusion_backend import explain, fused_post
 
 Found = tuple[str, str]  # the tail's equation ("" for a miss), and where it ends and why
@@ -20,6 +23,21 @@ def assert_accurate(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     assert result.shape == expected.shape and result.dtype == expected.dtype
     allowed = 2 * relative_rmse(expected, model, inputs) + TOLERANCE[result.dtype] / 10
     assert relative_rmse(result, model, inputs) <= allowed
+
+
+def assert_an_error_would_show(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """The result varies, and weights that are off by a hundredth are not taken for TF32's rounding."""
+    result = model(*inputs)
+    assert result.std() > 0.001 * result.mean().abs() and result.unique().numel() > result.numel() / 20
+    with RoundedToTF32():
+        rounded = deepcopy(model).double()(*(tensor.double() for tensor in inputs))
+    allowed = 2 * relative_rmse(rounded, model, inputs) + TOLERANCE[torch.float32] / 10
+    off = deepcopy(model)
+    for module in off.modules():
+        if isinstance(module, tuple(CONV.values())):
+            weight = max(module.parameters(), key=Tensor.numel)  # which weight_norm calls by another name
+            weight.add_(0.01 * weight.std() * torch.randn_like(weight))
+    assert relative_rmse(off(*inputs), model, inputs) > allowed
 
 
 def sites(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Found]:

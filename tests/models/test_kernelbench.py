@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.kernelbench import PROBLEMS
-from tests.models.checking import Found, assert_accurate, sites
+from tests.models.checking import Found, assert_accurate, assert_an_error_would_show, sites
 
 UNKNOWN = "not an affine or clamp operation"
 
@@ -64,6 +64,12 @@ def test_every_problem_has_its_expectation() -> None:
 @torch.no_grad()
 def test_numbers_are_eagers(number: int) -> None:
     assert_accurate(*PROBLEMS[number].build(small=True))
+
+
+@pytest.mark.parametrize("number", PROBLEMS)
+@torch.no_grad()
+def test_an_error_of_the_convolution_would_show(number: int) -> None:
+    assert_an_error_would_show(*PROBLEMS[number].build(small=True))
 
 
 @pytest.mark.parametrize("number", PROBLEMS)

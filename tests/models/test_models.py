@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import CONV, Case
 from benchmarks.models import CONVOLUTIONS, MODELS
-from tests.models.checking import Found, assert_accurate, sites
+from tests.models.checking import Found, assert_accurate, assert_an_error_would_show, sites
 
 UNKNOWN = "not an affine or clamp operation"
 
@@ -81,6 +81,12 @@ def test_every_model_has_its_expectation() -> None:
 @torch.no_grad()
 def test_numbers_are_eagers(name: str) -> None:
     assert_accurate(*build(name))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_an_error_of_the_convolutions_would_show(name: str) -> None:
+    assert_an_error_would_show(*build(name))
 
 
 @pytest.mark.parametrize("name", MODELS)

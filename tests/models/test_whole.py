@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor import config
+from torch._inductor.async_compile import AsyncCompile
 
 from benchmarks import models, rows, tables
-from benchmarks.whole import Entry, RoundedToTF32, Row, in_order, main, parts, relative
+from benchmarks.whole import Entry, RoundedToTF32, Row, end_compilers, in_order, main, parts, relative
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,12 +46,23 @@ def row(monkeypatch: pytest.MonkeyPatch) -> Row:
 
 @torch.no_grad()
 def test_a_wrong_and_a_late_contender_are_not_timed(row: Row) -> None:
-    row.prepare(("wrong", "eager"), seconds=600.0)
-    row.prepare(("late",), seconds=0.0)
+    row.prepare(("wrong", "eager"), until=math.inf)
+    row.prepare(("late",), until=0.0)
     columns = row.measure(seconds=0.01)["contenders"]
     assert "ms" in columns["eager"] and columns["eager"]["speed"] == 1.0
     assert columns["wrong"]["error"] > 1e-3 and not columns["wrong"]["in_rule"] and "ms" not in columns["wrong"]
     assert columns["late"] == {"raised": "TimeoutError: the row's time for preparing is spent"}
+
+
+def test_compilers_end_before_what_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    end_compilers()
+    monkeypatch.setattr(config, "compile_threads", 2)
+    for _ in range(8):
+        AsyncCompile.process_pool().submit(functools.partial(time.sleep, 10.0))
+    time.sleep(5.0)  # until the first have begun
+    begun = time.monotonic()
+    end_compilers()
+    assert time.monotonic() - begun < 3.0
 
 
 @torch.no_grad()
@@ -58,7 +73,7 @@ def test_an_element_in_the_middle_of_the_batch_is_checked_too(row: Row, monkeypa
 
     row.inputs = (torch.randn(24, *row.inputs[0].shape[1:]),)
     monkeypatch.setattr(row, "contender", lambda name: Middle())
-    row.prepare(("middle",), seconds=600.0)
+    row.prepare(("middle",), until=math.inf)
     assert row.columns["middle"]["error"] < 1e-6 and not row.correct
 
 
@@ -116,9 +131,12 @@ def test_a_table_of_whole_models_has_what_was_measured(monkeypatch: pytest.Monke
     }
     row = {"case": "20", "dtype": "float32", "sites": [{"kernel": "fused"}, {"kernel": None}], "contenders": contenders}
     wrong = row | {"case": "3", "contenders": contenders | {"fused_post": {"error": 1.0}}}
-    monkeypatch.setattr(tables, "load", lambda name: [row, wrong])
+    lost = row | {"case": "5", "sites": [], "contenders": {"row": {"raised": "MemoryError: too large"}}}
+    monkeypatch.setattr(tables, "load", lambda name: [row, lost, wrong])
     before, *table, after = tables.written("<!-- kernelbench -->\n<!-- kernelbench -->").splitlines()
     assert before == after and table[2:] == [
         "| 3 | fp32 | 1 of 2 | 3.000 | 2.000 | - | - | - | - |",
+        "| 5 | fp32 | 0 of 0 | - | - | - | - | - | - |",
         "| 20 | fp32 | 1 of 2 | 3.000 | 2.000 | - | 1.000 | 2.00x | 1.50x |",
+        "| geometric mean |  |  |  |  |  |  | 2.00x | 1.50x |",
     ]
