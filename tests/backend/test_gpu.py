@@ -107,7 +107,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     counts = {"hopper": 0}
     if not is_hopper(torch.device("cuda", 0)):
         pytest.skip("no Hopper")
-    launch = hopper_march.launch
+    launch = hopper_march.launched
 
     def counted(*args: Any) -> Any:
         counts["hopper"] += 1
@@ -118,7 +118,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         plan = next((plan for plan in plans_for(problem) if plan.is_hopper), None)
         return evidence.Prediction(plan.name, 2.0, "none", 0) if plan else "no such plan"
 
-    monkeypatch.setattr(hopper_march, "launch", counted)
+    monkeypatch.setattr(hopper_march, "launched", counted)
     monkeypatch.setattr(choice, "measured_plan", measured_plan)
     return counts
 

@@ -73,14 +73,14 @@ def compiled(
     bits = None if gate is None else torch.zeros(1, dtype=torch.uint8)
     flags = None if gate is None else (gate.lo_open, gate.hi_open, gate.passes_nan)
     kernel = hopper_march._kernel()
-    hopper_march._prepare.cache_clear()
+    hopper_march.prepare.cache_clear()
     with (
         mock.patch.object(driver, "_active", Driver()),
         mock.patch.object(hopper_march, "_kernel", return_value=Warmed(kernel)),
     ):
         launched = hopper_march.launch(out, x, packed, problem, march, given, bits, gate or EVERYTHING, steps)
-        form = hopper_march._prepare(problem, march, conv.x, hopper_march._kinds(given), flags, program).form
-    hopper_march._prepare.cache_clear()
+        form = hopper_march.prepare(problem, march, conv.x, given.kinds, flags, program).form
+    hopper_march.prepare.cache_clear()
     return _read_nvidia(launched), form
 
 

@@ -22,7 +22,7 @@ from fusion_backend.kernels.conv_transpose import conv_transpose, reference
 from fusion_backend.kernels.conv_transpose_training import conv_transpose_training
 from fusion_backend.kernels.gate import Gate, passes, unpack
 from fusion_backend.kernels.gate import pack as pack_bits
-from fusion_backend.kernels.hopper import conv_transpose_hopper
+from fusion_backend.kernels.hopper import Call, call_of, conv_transpose_hopper
 from fusion_backend.kernels.hopper_launch import why_no_gluon
 from fusion_backend.kernels.hopper_march import launch, pack
 from fusion_backend.kernels.hopper_strips import (
@@ -162,7 +162,7 @@ def test_addresses_that_16_does_not_divide(hopper: str) -> None:
     x = unflattened(memory[1:], K3S2.x, False)
     assert_close(run(K3S2, x, weight), x, weight, K3S2)
     x = unflattened(memory[1:], K3S2.x, True)
-    with mock.patch.object(hopper_march, "launch", side_effect=AssertionError("the copy engine cannot")):
+    with mock.patch.object(hopper_march, "launched", side_effect=AssertionError("the copy engine cannot")):
         config, *_ = configs_for(problem_for(x, weight, K3S2.axes, 1, False, True))
         assert_close(operator(K3S2, x, weight, False, config), x, weight, K3S2, RELU)
     assert not on_hopper._broken
@@ -352,7 +352,7 @@ def test_training_runs_the_march_and_its_gradients_are_right(hopper: str, from_l
     problem = problem_for(leaves[0], weight, K3S2_BYTES.axes, 1, to_last, True)
     general = next(plan.name for plan in plans_for(problem) if not (plan.is_hopper or plan.is_march or plan.turned))
     results = []
-    with mock.patch.object(hopper_march, "launch", side_effect=launch) as launched:
+    with mock.patch.object(hopper_march, "launched", side_effect=hopper_march.launched) as launched:
         for run, plan, count in (
             (forward, None, 1),
             (torch.compile(forward, fullgraph=True), None, 2),
@@ -362,7 +362,7 @@ def test_training_runs_the_march_and_its_gradients_are_right(hopper: str, from_l
             assert launched.call_count == count and not on_hopper._broken
             assert is_laid_out(y, to_last)
             results.append((y, *torch.autograd.grad(y, leaves, grad)))
-    assert launched.call_args.args[6] is not None, "the bits"
+    assert launched.call_args.args[4][1] is not None, "the bits"
     for ours in results[:2]:
         for each, other in zip(ours, results[2], strict=True):
             torch.testing.assert_close(each, other, rtol=0, atol=0, check_stride=False)
@@ -393,14 +393,14 @@ def test_training_runs_the_march_channels_last_where_rows_have_no_whole_bytes(
         )  # fmt: skip
 
     results = []
-    with mock.patch.object(hopper_march, "launch", side_effect=launch) as launched:
+    with mock.patch.object(hopper_march, "launched", side_effect=hopper_march.launched) as launched:
         for run, fused, count in (
             (forward, True, 1),
             (torch.compile(forward, fullgraph=True), True, 2),
             (forward, False, 2),
         ):
             y, bits = run(*leaves, fused)
-            assert launched.call_count == count and not hopper_march._broken
+            assert launched.call_count == count and not on_hopper._broken
             assert is_laid_out(y, False) and bits.dim() == 1 + fused
             results.append((y, unpack(bits, y.shape, False), *torch.autograd.grad(y, leaves, grad)))
     for ours in results[:2]:
@@ -414,9 +414,9 @@ def operator(
     """With a bound of 0 below."""
     problem = problem_for(x, weight, conv.axes, 1, last, True)
     axes = zip(*((axis.stride, axis.padding, axis.output_padding, axis.dilation) for axis in conv.axes), strict=True)
-    packed, sizes = pack(weight, problem, config), map(list, axes)
-    numbers = (1.0, 0.0, 0.0, None)
-    return conv_transpose_hopper(x, weight, packed, *sizes, None, shift, None, None, *numbers, last, True, config.name)
+    call = Call(tuple(axes), (1.0, 0.0, 0.0, None), last, True, config.name)
+    packed = pack(weight, problem, config)
+    return conv_transpose_hopper(x, weight, packed, None, shift, None, None, None, call.text)
 
 
 RELU = (None, None, 0.0, None)
@@ -429,7 +429,7 @@ def test_the_operator_runs_the_march(hopper: str, from_last: bool, to_last: bool
     for config in configs_for(problem_for(x, weight, K3S2.axes, 1, to_last, True)):
         for given in (x, laid_out(x, not from_last), laid_out(x, from_last)[:, :, :, 3:40]):
             conv = replace(K3S2, x=tuple(given.shape))
-            with mock.patch.object(hopper_march, "launch", side_effect=launch) as launched:
+            with mock.patch.object(hopper_march, "launched", side_effect=hopper_march.launched) as launched:
                 y, again = (operator(conv, given, weight, to_last, config) for _ in range(2))
             assert launched.call_count == 2, "the march takes it"
             assert is_laid_out(y, to_last)
@@ -445,7 +445,7 @@ def test_inductor_compiles_around_the_operator(hopper: str) -> None:
         y = conv_transpose(x * 2, weight, [2], [1], [1], [1], lo_number=0.0, channels_last=True, plan=config.name)
         return y * 2
 
-    with mock.patch.object(hopper_march, "launch", side_effect=launch) as launched:
+    with mock.patch.object(hopper_march, "launched", side_effect=hopper_march.launched) as launched:
         y = torch.compile(model, fullgraph=True)(x)
     assert launched.call_count == 1
     assert is_laid_out(y, True)
@@ -456,7 +456,7 @@ def test_the_operator_gives_gluon_up_once_it_fails(hopper: str, caplog: pytest.L
     x, weight = K3S2.tensors(torch.bfloat16, hopper)
     with (
         mock.patch.object(on_hopper, "_broken", []),
-        mock.patch.object(hopper_march, "launch", side_effect=RuntimeError("no such\ninstruction")) as fails,
+        mock.patch.object(hopper_march, "launched", side_effect=RuntimeError("no such\ninstruction")) as fails,
         caplog.at_level(logging.WARNING),
     ):
         for _ in range(2):
@@ -470,7 +470,7 @@ def test_the_general_operator_runs_the_march_by_its_name(hopper: str) -> None:
     """Called as it is, and none of its errors is lost."""
     x, weight = K3S2.tensors(torch.bfloat16, hopper)
     sizes = ([2], [1], [1], [1])
-    with mock.patch.object(hopper_march, "launch", side_effect=launch) as launched:
+    with mock.patch.object(hopper_march, "launched", side_effect=hopper_march.launched) as launched:
         y = conv_transpose(x, weight, *sizes, plan="hopper 64, 2 slots")
     assert launched.call_count == 1
     assert_close(y, x, weight, K3S2)
@@ -611,7 +611,15 @@ def test_packs_every_value_once_and_zeros_beyond(dtype: torch.dtype) -> None:
 
 
 CPU = Conv((2, 16, 4, 5), 8, (3,), (2,), (1,), (1,))
+AXES = ((2,), (1,), (1,), (1,))
 SMALLEST = next(config for config in CONFIGS if config.channels == 16)
+
+
+def test_a_call_is_read_as_it_was_written() -> None:
+    for numbers in ((1.0, 0.1, None, math.inf), (-3e-45, 1 / 3, -math.inf, None)):
+        for gate in (None, (True, False, True)):
+            call = Call(AXES, numbers, True, False, SMALLEST.name, "silu v0", gate)
+            assert call_of(call.text) == call
 
 
 def test_the_operator_is_the_general_one_where_there_is_no_hopper() -> None:
@@ -630,15 +638,10 @@ def test_the_operator_is_the_general_one_where_there_is_no_hopper() -> None:
 def test_opcheck(last: bool) -> None:
     x, weight = CPU.tensors(torch.float32, "cpu", last)
     packed = pack(weight, problem_for(x, weight, CPU.axes, 1, last, True), SMALLEST)
-    tensors, numbers = (None, torch.randn(8), None, None), (1.0, 0.0, None, 0.5)
+    tensors = (None, torch.randn(8), None, None)
     for channels_last in (False, True):
-        torch.library.opcheck(
-            conv_transpose_hopper,
-            (x, weight, packed, [2], [1], [1], [1], *tensors, *numbers, channels_last, True, SMALLEST.name),
-        )
-
-
-GATED = (1.0, 0.0, 0.0, 0.5, True, False, False)  # numbers, lo_open, hi_open, passes_nan
+        call = Call(AXES, (1.0, 0.0, None, 0.5), channels_last, True, SMALLEST.name)
+        torch.library.opcheck(conv_transpose_hopper, (x, weight, packed, *tensors, None, call.text))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -646,12 +649,12 @@ GATED = (1.0, 0.0, 0.0, 0.5, True, False, False)  # numbers, lo_open, hi_open, p
 def test_the_training_operator_is_the_general_one_where_there_is_no_hopper(last: bool, channels_last: bool) -> None:
     x, weight = CPU.tensors(torch.float32, "cpu", last)
     packed = pack(weight, problem_for(x, weight, CPU.axes, 1, channels_last, True), SMALLEST)
-    given = ([2], [1], [1], [1], None, torch.randn(8), None, None, *GATED)
-    arguments = (x, weight, packed, *given, channels_last, True, SMALLEST.name)
+    call = Call(AXES, (1.0, 0.0, 0.0, 0.5), channels_last, True, SMALLEST.name, gate=(True, False, False))
+    arguments = (x, weight, packed, None, torch.randn(8), None, None, call.text)
     y, bits = conv_transpose_hopper_training(*arguments)
     assert is_laid_out(y, channels_last)
-    given = (x, weight, None, *given[:4], 1, *given[4:])
-    expected, other_bits = conv_transpose_training(*given)
+    rest = (*call.numbers, *(call.gate or ()), True, channels_last, True)
+    expected, other_bits = conv_transpose_training(x, weight, None, *AXES, 1, *arguments[3:7], *rest)
     assert torch.equal(y, expected)
     assert torch.equal(unpack(bits, CPU.y, channels_last), unpack(other_bits, CPU.y, last))
     torch.library.opcheck(conv_transpose_hopper_training, arguments)

@@ -174,7 +174,7 @@ def test_the_general_operator_runs_it_by_its_name(
     sizes = [[getattr(axis, each) for axis in conv.axes] for each in kernels.AXIS]
     tensors, numbers = split(values)
     compiled = torch.compile(conv_transpose, fullgraph=True)
-    with mock.patch.object(hopper_product, "launch", side_effect=launch) as launches:
+    with mock.patch.object(hopper_product, "launched", side_effect=hopper_product.launched) as launches:
         for run in (conv_transpose, compiled):
             y = run(x, weight, *sizes, 1, *tensors, *numbers, to_last, True, plan.name)
             assert y.movedim(1, -1).is_contiguous() if to_last else y.is_contiguous()
