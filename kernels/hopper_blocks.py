@@ -32,19 +32,33 @@ MOST_ELEMENTS = 2**31
 
 @dataclass(frozen=True)
 class Config:
-    """Positions of a consumer, and output channels, of a program's tile."""
+    """Positions of a consumer, and output channels, of a program's tile; for ``joined`` phases along W.
+
+    A contiguous result has all of them in a tile, so that its rows are whole.
+    """
 
     rows: int
     columns: int
+    joined: int = 1
 
     @property
     def name(self) -> str:
-        """For example "product 256x128"."""
-        return f"product {CONSUMERS * self.rows}x{self.columns}"
+        """For example "product 256x128" or, with two phases, "product 128x128x2"."""
+        joined = f"x{self.joined}" if self.joined > 1 else ""
+        return f"product {CONSUMERS * self.rows}x{self.columns}{joined}"
 
 
 # From much work a program to little.
-CONFIGS = (Config(128, 128), Config(64, 256), Config(64, 128), Config(128, 64), Config(64, 64))
+CONFIGS = (
+    Config(128, 128),
+    Config(64, 256),
+    Config(64, 128),
+    Config(128, 64),
+    Config(64, 64),
+    Config(64, 128, 2),
+    Config(64, 64, 2),
+    Config(64, 64, 4),
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +85,10 @@ def why_not(problem: Problem) -> str | None:
         return "a program reads a tensor of the result's shape"
     if problem.prologue:
         return "something is done to x first, and the copy engine brings it as it is"
-    if not (problem.x_last and problem.out_last):
-        return "x and the result are not both channels_last"
+    if not problem.x_last:
+        return "x is contiguous"
+    if not problem.out_last and problem.axes[2].stride not in (2, 4):
+        return f"{problem.axes[2].stride} phases of a row are none that a contiguous result has in a tile"
     if problem.dtype.itemsize == 4 and not problem.tf32:
         return "float32 without TF32 has no tensor cores"
     row = problem.C_in * problem.dtype.itemsize
@@ -96,7 +112,11 @@ def why_not_shape(problem: Problem, shape: Sequence[int], cut: Product) -> str |
 def configs_for(problem: Problem) -> tuple[Config, ...]:
     """The configurations that fit; for a problem that the product takes there is one."""
     return tuple(
-        config for config in CONFIGS if config.columns < 2 * problem.C_out and _slots(problem, config) >= LEAST_SLOTS
+        config
+        for config in CONFIGS
+        if config.joined == (1 if problem.out_last else problem.axes[2].stride)
+        and config.columns < 2 * problem.C_out
+        and _slots(problem, config) >= LEAST_SLOTS
     )
 
 
@@ -118,7 +138,7 @@ def product_for(problem: Problem, shape: Sequence[int], config: Config, processo
         and math.prod(boxes) % CONSUMERS == 0
     )
     phases = math.prod(strides)
-    total = cdiv(math.prod(boxes), CONSUMERS) * phases * cdiv(problem.C_out, config.columns)
+    total = cdiv(math.prod(boxes), CONSUMERS) * (phases // config.joined) * cdiv(problem.C_out, config.columns)
     slots = _slots(problem, config)
     return Product(config, box, boxes, whole, slots, total, min(total, processors))  # type: ignore[arg-type]
 
@@ -167,6 +187,8 @@ class Form:
     box: tuple[int, int, int, int]
     whole: bool
     slots: int
+    out_last: bool
+    joined: int
     tf32: bool
     neighbours: int
     present: tuple[bool, bool, bool, bool]  # scale, shift, lo, hi
@@ -189,8 +211,8 @@ class Form:
 
 
 def neighbours_of(problem: Problem) -> int:
-    """Groups of 8 columns of which a thread's values lie side by side in the result: 16 bytes."""
-    return 8 // problem.dtype.itemsize
+    """Groups of 8 columns of which a thread's values lie side by side in channels_last: 16 bytes."""
+    return 8 // problem.dtype.itemsize if problem.out_last else 1
 
 
 def form_for(problem: Problem, rank: int, cut: Product, present: tuple[bool, bool, bool, bool], program: str) -> Form:
@@ -218,6 +240,8 @@ def form_for(problem: Problem, rank: int, cut: Product, present: tuple[bool, boo
         box=cut.box,
         whole=cut.whole,
         slots=cut.slots,
+        out_last=problem.out_last,
+        joined=cut.config.joined,
         tf32=problem.tf32,
         neighbours=neighbours_of(problem),
         present=present,

@@ -7,23 +7,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
 from fusion_backend.kernels.coefficients import apply_coefficients, load_coefficient
-from fusion_backend.kernels.hopper_tiles import known, product_layout, rounded_to_tf32, stacked
+from fusion_backend.kernels.hopper_tiles import append, known, product_layout, rounded_to_tf32, stacked
 from fusion_backend.kernels.program import apply_program, load_vectors
 from fusion_backend.kernels.taps import taps_of
 
 
 @gluon.jit
 def _tile_of(tile, FORM: gl.constexpr):
-    """Its first channel, its phase, and the pair of boxes that it covers. Neighbours read the same x."""
+    """Its first channel and phase, and the pair of boxes that it covers. Neighbours read the same x."""
     TILES_C: gl.constexpr = FORM.all_channels // FORM.columns
+    TILES_W: gl.constexpr = FORM.stride[2] // FORM.joined
     channel_0 = tile % TILES_C * FORM.columns
     tile = tile // TILES_C
-    phase_w = tile % FORM.stride[2]
-    tile = tile // FORM.stride[2]
+    phase_w = tile % TILES_W * FORM.joined
+    tile = tile // TILES_W
     phase_h = tile % FORM.stride[1]
     tile = tile // FORM.stride[1]
     phase_d = tile % FORM.stride[0]
@@ -88,50 +90,80 @@ def _produce(shared, FORM: gl.constexpr):
         phase_d, phase_h, phase_w = phase
         first_d, offset_d, count_d = _taps_along(phase_d, 0, FORM)
         first_h, offset_h, count_h = _taps_along(phase_h, 1, FORM)
-        first_w, offset_w, count_w = _taps_along(phase_w, 2, FORM)
         corner_0 = _corner_of(2 * pair, boxes, FORM)
         corner_1 = _corner_of(2 * pair + 1, boxes, FORM)
-        for i_d in range(count_d):
-            for i_h in range(count_h):
-                for i_w in range(count_w):
-                    move_d, move_h, move_w = i_d * FORM.back[0], i_h * FORM.back[1], i_w * FORM.back[2]
-                    offset = (offset_d - move_d, offset_h - move_h, offset_w - move_w)
-                    tap = (first_d + i_d * FORM.step[0]) * FORM.kernel[1] + first_h + i_h * FORM.step[1]
-                    tap = tap * FORM.kernel[2] + first_w + i_w * FORM.step[2]
-                    for block in range(known(FORM.blocks)):
-                        k_0 = block * FORM.depth
-                        mbarrier.wait(empty.index(slot), turn)
-                        mbarrier.expect(full.index(slot), BYTES)
-                        _fetch(x, corner_0, offset, k_0, full.index(slot), xs.index(2 * slot), FORM)
-                        _fetch(x, corner_1, offset, k_0, full.index(slot), xs.index(2 * slot + 1), FORM)
+        for joined in gl.static_range(known(FORM.joined)):
+            first_w, offset_w, count_w = _taps_along(phase_w + joined, 2, FORM)
+            for i_d in range(count_d):
+                for i_h in range(count_h):
+                    for i_w in range(count_w):
+                        move_d, move_h, move_w = i_d * FORM.back[0], i_h * FORM.back[1], i_w * FORM.back[2]
+                        offset = (offset_d - move_d, offset_h - move_h, offset_w - move_w)
+                        tap = (first_d + i_d * FORM.step[0]) * FORM.kernel[1] + first_h + i_h * FORM.step[1]
+                        tap = tap * FORM.kernel[2] + first_w + i_w * FORM.step[2]
                         row = tap * FORM.all_channels + channel_0
-                        tma.async_copy_global_to_shared(weight, [row, k_0], full.index(slot), ws.index(slot))
-                        slot += 1
-                        if slot == FORM.slots:
-                            slot = 0
-                            turn ^= 1
+                        for block in range(known(FORM.blocks)):
+                            k_0 = block * FORM.depth
+                            mbarrier.wait(empty.index(slot), turn)
+                            mbarrier.expect(full.index(slot), BYTES)
+                            _fetch(x, corner_0, offset, k_0, full.index(slot), xs.index(2 * slot), FORM)
+                            _fetch(x, corner_1, offset, k_0, full.index(slot), xs.index(2 * slot + 1), FORM)
+                            tma.async_copy_global_to_shared(weight, [row, k_0], full.index(slot), ws.index(slot))
+                            slot += 1
+                            if slot == FORM.slots:
+                                slot = 0
+                                turn ^= 1
 
 
 @gluon.jit
-def _store(acc, out_ptr, corner, phase, channel_0, sizes, pointers, numbers, FORM: gl.constexpr):
-    """A tile [rows, columns] with its tail; its columns are permuted by ``pack``."""
+def _along(of_rows, of_channels, FORM: gl.constexpr):
+    """Both along their dimensions of a tile as it is stored."""
+    if FORM.out_last:
+        both = of_rows[:, None], of_channels[None, :]
+    else:
+        both = of_rows[None, :], of_channels[:, None]
+    return both
+
+
+@gluon.jit
+def _in_order(accs, FORM: gl.constexpr):
+    """[rows, columns] or, contiguous, [columns, rows * joined] of the tile, in registers as they lie in memory."""
+    ROWS: gl.constexpr = FORM.rows
+    COLUMNS: gl.constexpr = FORM.columns
+    JOINED: gl.constexpr = FORM.joined
+    NEIGHBOURS: gl.constexpr = FORM.neighbours
+    y = accs[0]
+    if FORM.out_last:
+        y = y.reshape([ROWS, COLUMNS // (8 * NEIGHBOURS), NEIGHBOURS, 4, 2])
+        y = y.permute([0, 1, 3, 2, 4]).reshape([ROWS, COLUMNS])
+    else:
+        if JOINED == 2:
+            y = gl.join(y, accs[1])
+        elif JOINED == 4:
+            y = gl.join(gl.join(y, accs[2]), gl.join(accs[1], accs[3]))
+        y = y.reshape([ROWS, COLUMNS, JOINED]).permute([1, 0, 2]).reshape([COLUMNS, ROWS * JOINED])
+    return gl.convert_layout(y, product_layout(FORM), assert_trivial=False)
+
+
+@gluon.jit
+def _store(accs, out_ptr, corner, phase, channel_0, sizes, pointers, numbers, FORM: gl.constexpr):
+    """A tile with its tail."""
     N, D, H, W = sizes
     n, d, h, w = corner
     phase_d, phase_h, phase_w = phase
     scale_ptr, shift_ptr, lo_ptr, hi_ptr, vectors_ptr = pointers
     scale, shift, lo, hi = numbers
-    ROWS: gl.constexpr = FORM.rows
+    ROWS: gl.constexpr = FORM.rows * FORM.joined
     COLUMNS: gl.constexpr = FORM.columns
-    NEIGHBOURS: gl.constexpr = FORM.neighbours
-    LAYOUT: gl.constexpr = product_layout(ROWS, COLUMNS, NEIGHBOURS)
-    y = acc.reshape([ROWS, COLUMNS // (8 * NEIGHBOURS), NEIGHBOURS, 4, 2])
-    y = y.permute([0, 1, 3, 2, 4]).reshape([ROWS, COLUMNS])
-    y = gl.convert_layout(y, LAYOUT, assert_trivial=False)
+    LAYOUT: gl.constexpr = product_layout(FORM)
+    y = _in_order(accs, FORM)
 
-    channel = channel_0 + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
-    within = channel[None, :]
+    channel = channel_0 + gl.arange(0, COLUMNS, layout=gl.SliceLayout(1 - FORM.out_last, LAYOUT))
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(FORM.out_last, LAYOUT))
+    within = channel
     if FORM.C_out % FORM.columns != 0:
-        within = gl.minimum(channel, FORM.C_out - 1)[None, :]
+        within = gl.minimum(channel, FORM.C_out - 1)
+    _, within = _along(row, within, FORM)
     a = load_coefficient(scale_ptr, scale, within, None, None)
     b = load_coefficient(shift_ptr, shift, within, None, None)
     low = load_coefficient(lo_ptr, lo, within, None, None)
@@ -143,20 +175,26 @@ def _store(acc, out_ptr, corner, phase, channel_0, sizes, pointers, numbers, FOR
     O_D = D * FORM.stride[0] + (FORM.growth[0] - FORM.stride[0])
     O_H = H * FORM.stride[1] + (FORM.growth[1] - FORM.stride[1])
     O_W = W * FORM.stride[2] + (FORM.growth[2] - FORM.stride[2])
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    o_w = (w + row % FORM.box[3]) * FORM.stride[2] + phase_w
+    plane = O_D * O_H * O_W
+    joined = row % FORM.joined
+    row = row // FORM.joined
+    o_w = (w + row % FORM.box[3]) * FORM.stride[2] + (phase_w + joined)
     row = row // FORM.box[3]
     o_h = (h + row % FORM.box[2]) * FORM.stride[1] + phase_h
     row = row // FORM.box[2]
     o_d = (d + row % FORM.box[1]) * FORM.stride[0] + phase_d
     image = row // FORM.box[1]
-    at = ((image * O_D + o_d) * O_H + o_h) * O_W + o_w
-    y_ptr = out_ptr + n.to(gl.int64) * (O_D * O_H * O_W * FORM.C_out)
-    y_ptr = y_ptr + ((at * FORM.C_out)[:, None] + channel[None, :])
+    if FORM.out_last:
+        at, channel_at = _along((image * plane + (o_d * O_H + o_h) * O_W + o_w) * FORM.C_out, channel, FORM)
+    else:
+        at = image * (FORM.C_out * plane) + (o_d * O_H + o_h) * O_W + o_w
+        at, channel_at = _along(at, channel * plane, FORM)
+    y_ptr = out_ptr + n.to(gl.int64) * (plane * FORM.C_out) + (at + channel_at)
     y = y.to(out_ptr.dtype.element_ty)
-    exists = ((n + image < N) & (o_d < O_D) & (o_h < O_H) & (o_w < O_W))[:, None]
+    exists = (n + image < N) & (o_d < O_D) & (o_h < O_H) & (o_w < O_W)
+    exists, named = _along(exists, channel < FORM.C_out, FORM)
     if FORM.C_out % FORM.columns != 0:
-        gl.store(y_ptr, y, mask=exists & (channel < FORM.C_out)[None, :])
+        gl.store(y_ptr, y, mask=exists & named)
     elif not FORM.whole:
         gl.store(y_ptr, y, mask=exists)
     else:
@@ -164,47 +202,70 @@ def _store(acc, out_ptr, corner, phase, channel_0, sizes, pointers, numbers, FOR
 
 
 @gluon.jit
-def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
-    """One tile after the other, and its half of the rows."""
-    out_ptr, xs, ws, full, empty, boxes, total, sizes, pointers, numbers = shared
+def _multiply(xs, ws, full, empty, slot, turn, steps, INDEX: gl.constexpr, FORM: gl.constexpr):
+    """The product of a phase, one step after the other; and the next slot.
+
+    A slot is free once the product before last is done. To be rounded, x goes through registers while the tensor cores
+    work at the step before.
+    """
     BITS: gl.constexpr = xs.dtype.primitive_bitwidth
     ROWS: gl.constexpr = FORM.rows
     COLUMNS: gl.constexpr = FORM.columns
     DEPTH: gl.constexpr = FORM.depth
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 256 // BITS])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 32 // BITS)
+    acc = gl.zeros([ROWS, COLUMNS], gl.float32, layout=PRODUCT)
+    if FORM.tf32:
+        acc = warpgroup_mma_init(acc)
+        in_use = gl.zeros([ROWS, DEPTH], gl.float32, layout=OPERAND)
+    for step in range(steps):
+        mbarrier.wait(full.index(slot), turn)
+        x = xs.index(2 * slot + INDEX).reshape([ROWS, DEPTH])
+        w = ws.index(slot).permute([1, 0])
+        if FORM.tf32:
+            x = rounded_to_tf32(x.load(OPERAND))
+            acc, in_use = warpgroup_mma_wait(0, deps=(acc, in_use))
+            # Without the fence the copy engine may overwrite what is still being loaded.
+            fence_async_shared()
+            if step > 0:
+                mbarrier.arrive(empty.index((slot + (FORM.slots - 1)) % FORM.slots), count=1)
+            acc = warpgroup_mma(x, w, acc, is_async=True)
+            in_use = x
+        else:
+            acc = warpgroup_mma(x, w, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            if step > 0:
+                mbarrier.arrive(empty.index((slot + (FORM.slots - 1)) % FORM.slots), count=1)
+        slot += 1
+        if slot == FORM.slots:
+            slot = 0
+            turn ^= 1
+    if FORM.tf32:
+        acc, in_use = warpgroup_mma_wait(0, deps=(acc, in_use))
+        fence_async_shared()
+    else:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    if steps > 0:
+        mbarrier.arrive(empty.index((slot + (FORM.slots - 1)) % FORM.slots), count=1)
+    return acc, slot, turn
+
+
+@gluon.jit
+def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
+    """One tile after the other, and its half of the rows."""
+    out_ptr, xs, ws, full, empty, boxes, total, sizes, pointers, numbers = shared
     slot = 0
     turn = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         channel_0, phase, pair = _tile_of(tile, FORM)
-        acc = gl.zeros([ROWS, COLUMNS], gl.float32, layout=PRODUCT)
-        steps = _steps_of(phase, FORM)
-        for step in range(steps):
-            mbarrier.wait(full.index(slot), turn)
-            x = xs.index(2 * slot + INDEX).reshape([ROWS, DEPTH])
-            w = ws.index(slot).permute([1, 0])
-            if FORM.tf32:
-                x_read = rounded_to_tf32(x.load(OPERAND))
-                acc = warpgroup_mma(x_read, w, acc, is_async=True)
-                acc, _ = warpgroup_mma_wait(0, deps=(acc, x_read))
-                # Without the fence the copy engine may overwrite what is still being loaded.
-                fence_async_shared()
-                mbarrier.arrive(empty.index(slot), count=1)
-            else:
-                acc = warpgroup_mma(x, w, acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-                if step > 0:
-                    mbarrier.arrive(empty.index((slot + (FORM.slots - 1)) % FORM.slots), count=1)
-            slot += 1
-            if slot == FORM.slots:
-                slot = 0
-                turn ^= 1
-        if not FORM.tf32:
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            if steps > 0:
-                mbarrier.arrive(empty.index((slot + (FORM.slots - 1)) % FORM.slots), count=1)
+        phase_d, phase_h, phase_w = phase
+        accs = ()
+        for joined in gl.static_range(known(FORM.joined)):
+            steps = _steps_of((phase_d, phase_h, phase_w + joined), FORM)
+            acc, slot, turn = _multiply(xs, ws, full, empty, slot, turn, steps, INDEX, FORM)
+            accs = append(accs, acc)
         corner = _corner_of(2 * pair + INDEX, boxes, FORM)
-        _store(acc, out_ptr, corner, phase, channel_0, sizes, pointers, numbers, FORM)
+        _store(accs, out_ptr, corner, phase, channel_0, sizes, pointers, numbers, FORM)
 
 
 @gluon.jit

@@ -80,13 +80,26 @@ def loads_of_row(form):
 
 
 @gluon.constexpr_function
-def product_layout(rows, columns, neighbours):
-    """[rows, columns] of a product whose columns were permuted by ``pack``: a thread's neighbours in memory first."""
-    wide = 2 * neighbours
-    registers = [[0, c] for c in _powers(wide, 1)] + [[8, 0]]
-    registers += [[0, c] for c in _powers(columns // (4 * wide), 4 * wide)] + [[r, 0] for r in _powers(rows // 64, 64)]
-    lanes = [[0, wide], [0, 2 * wide]] + [[r, 0] for r in _powers(8, 1)]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [rows, columns])
+def product_layout(form):
+    """A tile of the product as it is in registers, a thread's neighbours in memory first.
+
+    [rows, columns] for channels_last, with columns permuted by ``pack``; else [columns, rows * joined].
+    """
+    if form.out_last:
+        wide = 2 * form.neighbours
+        registers = [[0, c] for c in _powers(wide, 1)] + [[8, 0]]
+        registers += [[0, c] for c in _powers(form.columns // (4 * wide), 4 * wide)]
+        registers += [[r, 0] for r in _powers(form.rows // 64, 64)]
+        lanes = [[0, wide], [0, 2 * wide]] + [[r, 0] for r in _powers(8, 1)]
+        warps, shape = [[16, 0], [32, 0]], [form.rows, form.columns]
+    else:
+        joined = form.joined
+        registers = [[0, r] for r in _powers(joined, 1)] + [[1, 0], [0, 8 * joined]]
+        registers += [[c, 0] for c in _powers(form.columns // 8, 8)]
+        registers += [[0, r] for r in _powers(form.rows // 64, 64 * joined)]
+        lanes = [[2, 0], [4, 0]] + [[0, r] for r in _powers(8, joined)]
+        warps, shape = [[0, 16 * joined], [0, 32 * joined]], [form.columns, form.rows * joined]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
 
 
 @gluon.jit

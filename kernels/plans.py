@@ -2,7 +2,7 @@
 
     hopper    ``hopper_march``, on a Hopper, where the weight's taps fit in shared memory
     march     ``row_march``, where the weight's taps fit in shared memory
-    product   ``hopper_product``, on a Hopper, from channels_last to channels_last
+    product   ``hopper_product``, on a Hopper, from a channels_last x
     general   ``conv_transpose``, for all there is
     turned    any of the latter behind a pass that makes a contiguous x channels_last, at about a copy's speed
     back      product or general into a channels_last workspace of the result's size, and a pass that turns that; any of
@@ -94,12 +94,13 @@ def plans_for(problem: Problem) -> Iterator[Plan]:
 
 
 def _products(problem: Problem) -> Iterator[Plan]:
-    turned, back = not problem.x_last, not problem.out_last
-    if not problem.hopper or (turned and not _can_turn(problem)) or (back and problem.tensors):
+    turned = not problem.x_last
+    if not problem.hopper or (turned and not _can_turn(problem)):
         return
-    rest = replace(problem, x_last=True, out_last=True, prologue=problem.prologue and not turned)
-    if hopper_blocks.why_not(rest) is None:
-        yield from (Plan(config, turned, back) for config in hopper_blocks.configs_for(rest))
+    for back in (False,) if problem.out_last or problem.tensors else (False, True):
+        rest = Plan(hopper_blocks.CONFIGS[0], turned, back).problem(problem)
+        if hopper_blocks.why_not(rest) is None:
+            yield from (Plan(config, turned, back) for config in hopper_blocks.configs_for(rest))
 
 
 def plans_for_bits(problem: Problem, shape: tuple[int, ...], turned: bool) -> Iterator[Plan]:

@@ -33,6 +33,7 @@ from tests.kernels.implementations import DTYPES, GPU_MARKS, Value, split
 from tests.kernels.layouts import laid_out, unflattened
 
 PROCESSORS = 132
+SMALLEST = Config(64, 64)
 ON_HOPPER = pytest.param("cuda", marks=GPU_MARKS)
 
 
@@ -56,19 +57,19 @@ def launched(
     processors: int = PROCESSORS,
     program: Program = NO_PROGRAM,
 ) -> None:
-    problem = problem_for(x, weight, conv.axes, conv.groups, True, True)
+    problem = problem_for(x, weight, conv.axes, conv.groups, not y.is_contiguous(), True)
     assert why_not(problem) is None
     cut = product_for(problem, x.shape, config, processors)
     assert why_not_shape(problem, x.shape, cut) is None
     launch(y, x, pack(weight, problem, config), problem, cut, coefficients_for(y, *split(values)), program)
 
 
-def check(conv: Conv, dtype: torch.dtype, config: Config, processors: int = PROCESSORS) -> None:
+def check(conv: Conv, dtype: torch.dtype, last: bool, config: Config, processors: int = PROCESSORS) -> None:
     """Memory is NaN before, and must still be to both sides of y."""
     x, weight = conv.tensors(dtype, "cuda", True)
     values = coefficients(conv.C_out, "cuda")
     memory = torch.full((math.prod(conv.y) + 128,), math.nan, dtype=x.dtype, device=x.device)
-    y = unflattened(memory[64:-64], conv.y, True)
+    y = unflattened(memory[64:-64], conv.y, last)
     launched(y, conv, x, weight, values, config, processors)
     assert memory[:64].isnan().all() and memory[-64:].isnan().all()
     assert_close(y, x, weight, conv, values, tf32=True)
@@ -87,30 +88,34 @@ KINDS = {
     "k5s3_1d": Conv((70, 64, 3), 64, (5,), (3,), (1,), (1,)),  # many short rows in a tile
     "k3s2_3d": Conv((2, 64, 3, 4, 5), 64, (3,), (2,), (1,), (1,)),
     "flat_3d": Conv((1, 64, 2, 3, 9), 264, (1, 3, 3), (1, 2, 2), (0, 1, 1)),
+    "k8s4_1d": Conv((3, 64, 70), 72, (8,), (4,), (2,)),
 }
+IN_ROWS = [name for name, conv in KINDS.items() if conv.axes[-1].stride in (2, 4)]  # a contiguous result, in one pass
+TO = [(name, True) for name in KINDS] + [(name, False) for name in IN_ROWS]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", KINDS)
-def test_every_kind_in_every_configuration(gpu: str, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "last"), TO)
+def test_every_kind_in_every_configuration(gpu: str, name: str, last: bool, dtype: torch.dtype) -> None:
     """By as many programs as there are multiprocessors, and by few that walk over many tiles."""
     conv = KINDS[name]
-    fitting = configs_for(problem_of(conv, dtype))
+    fitting = configs_for(problem_of(conv, dtype, True, last))
     assert fitting
     for config in fitting:
-        check(conv, dtype, config)
-    check(conv, dtype, fitting[-1], 3)
+        check(conv, dtype, last, config)
+    check(conv, dtype, last, fitting[-1], 3)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_element_is_ever_wrong_in_60_launches(gpu: str, dtype: torch.dtype) -> None:
+def test_no_element_is_ever_wrong_in_60_launches(gpu: str, dtype: torch.dtype, last: bool) -> None:
     """At full size, for every configuration: sums of whole numbers are exact, whatever their order."""
     conv = PUBLIC["dcgan_64"]
     x, weight, shift = conv.whole_numbers(dtype, "cuda", 1)
     x = laid_out(x, True)
-    y = laid_out(torch.empty(conv.y, device="cuda", dtype=dtype), True)
+    y = laid_out(torch.empty(conv.y, device="cuda", dtype=dtype), last)
     expected = reference(x.float(), weight.float(), conv.axes, shift=shift).to(dtype)
-    for config in configs_for(problem_of(conv, dtype)):
+    for config in configs_for(problem_of(conv, dtype, True, last)):
         wrong = torch.zeros((), dtype=torch.int64, device="cuda")
         for _ in range(60):
             y.fill_(math.nan)
@@ -139,20 +144,22 @@ def test_nan_goes_to_the_outputs_it_belongs_to_and_infinities_clamp(gpu: str) ->
     x[0, 3, 4, 5], x[1, 3, 4, 5] = math.nan, math.inf
     values = (None, None, -1.0, 1.0)
     y = laid_out(torch.empty(conv.y, device="cuda"), True)
-    launched(y, conv, x, weight, values, CONFIGS[-1])
+    launched(y, conv, x, weight, values, SMALLEST)
     assert y[0, :, 8:10, 10:12].isnan().all() and y.isnan().sum() == 4 * conv.C_out
     assert (y[1, :, 8:10, 10:12] == 1.0).all()
 
 
 @pytest.mark.parametrize("text", ["silu v0", "affine v0 2.0 c0 - -; gelu v1", "tanh v0; mul v1 v0"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_programs(gpu: str, dtype: torch.dtype, text: str) -> None:
+def test_programs(gpu: str, dtype: torch.dtype, last: bool, text: str) -> None:
     conv = KINDS["odd"]
     x, weight = conv.tensors(dtype, "cuda", True)
     shift = torch.randn(conv.C_out, device="cuda")
     program = Program(text, torch.randn(conv.C_out, 1, device="cuda") if "c0" in text else None)
-    y = laid_out(torch.full(conv.y, math.nan, device="cuda", dtype=dtype), True)
-    launched(y, conv, x, weight, (None, shift), CONFIGS[-1], program=program)
+    y = laid_out(torch.full(conv.y, math.nan, device="cuda", dtype=dtype), last)
+    config = configs_for(problem_of(conv, dtype, True, last))[-1]
+    launched(y, conv, x, weight, (None, shift), config, program=program)
     exact = reference(x.double(), weight.double(), conv.axes, shift=shift.double(), program=program)
     relative = ((y.double() - exact).norm() / exact.norm()).item()
     assert relative < (2e-3 if dtype == torch.float32 else 8e-3)
@@ -169,17 +176,20 @@ def test_the_general_operator_runs_it_by_its_name(
     x, weight = conv.tensors(dtype, "cuda", from_last)
     values = coefficients(conv.C_out, "cuda")
     problem = problem_for(x, weight, conv.axes, 1, to_last, True)
-    plan = next(plan for plan in plans_for(problem) if plan.is_product)
-    assert (plan.turned, plan.back) == (not from_last, not to_last)
+    plans = [plan for plan in plans_for(problem) if plan.is_product]
+    assert {plan.turned for plan in plans} == {not from_last}
+    firsts = [next((plan for plan in plans if plan.back == back), None) for back in (False, True)]
+    assert [plan is not None for plan in firsts] == [to_last or name in IN_ROWS, not to_last]
     sizes = [[getattr(axis, each) for axis in conv.axes] for each in kernels.AXIS]
     tensors, numbers = split(values)
     compiled = torch.compile(conv_transpose, fullgraph=True)
-    with mock.patch.object(hopper_product, "launched", side_effect=hopper_product.launched) as launches:
-        for run in (conv_transpose, compiled):
-            y = run(x, weight, *sizes, 1, *tensors, *numbers, to_last, True, plan.name)
-            assert y.movedim(1, -1).is_contiguous() if to_last else y.is_contiguous()
-            assert_close(y, x, weight, conv, values, tf32=True)
-        assert launches.call_count == 2 and not hopper._broken
+    for plan in filter(None, firsts):
+        with mock.patch.object(hopper_product, "launched", side_effect=hopper_product.launched) as launches:
+            for run in (conv_transpose, compiled):
+                y = run(x, weight, *sizes, 1, *tensors, *numbers, to_last, True, plan.name)
+                assert y.movedim(1, -1).is_contiguous() if to_last else y.is_contiguous()
+                assert_close(y, x, weight, conv, values, tf32=True)
+            assert launches.call_count == 2 and not hopper._broken
 
 
 def problem_of(conv: Conv, dtype: torch.dtype, x_last: bool = True, out_last: bool = True) -> Problem:
@@ -193,7 +203,12 @@ def problem_of(conv: Conv, dtype: torch.dtype, x_last: bool = True, out_last: bo
 DCGAN = PUBLIC["dcgan_64"]
 REASONS = [
     (replace(DCGAN, groups=2), {}, "it has 2 groups"),
-    (DCGAN, {"out_last": False}, "x and the result are not both channels_last"),
+    (DCGAN, {"x_last": False}, "x is contiguous"),
+    (
+        replace(DCGAN, stride=(3,)),
+        {"out_last": False},
+        "3 phases of a row are none that a contiguous result has in a tile",
+    ),
     (DCGAN, {"tensors": 1}, "a program reads a tensor of the result's shape"),
     (DCGAN, {"prologue": True}, "something is done to x first, and the copy engine brings it as it is"),
     (DCGAN, {"tf32": False}, "float32 without TF32 has no tensor cores"),
@@ -218,7 +233,7 @@ def test_says_that_images_are_too_large_for_31_bits() -> None:
     assert str(reason).startswith("the images of a tile have 8589934592 elements")
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [config for config in CONFIGS if config.joined == 1], ids=str)
 @pytest.mark.parametrize("name", KINDS)
 def test_boxes_cover_every_position_and_no_box_is_empty(name: str, config: Config) -> None:
     conv = KINDS[name]
@@ -236,12 +251,16 @@ def test_plans_turn_what_is_not_channels_last() -> None:
     for x_last in (False, True):
         for out_last in (False, True):
             problem = problem_of(DCGAN, torch.float32, x_last, out_last)
-            products = [plan for plan in plans_for(problem) if plan.is_product]
-            assert [plan.config for plan in products] == list(configs_for(problem_of(DCGAN, torch.float32)))
-            expected = f"{'' if x_last else 'turned '}product 256x128{'' if out_last else ', turned back'}"
-            assert products[0].name == expected and products[0].is_hopper
-            assert plan_named(problem, expected) == products[0]
-            assert products[0].packed_bytes(problem) == 16 * 128 * 256 * 4
+            names = [plan.name for plan in plans_for(problem) if plan.is_product]
+            through, turned = ["256x128", "128x128", "256x64", "128x64"], "" if x_last else "turned "
+            expected = [f"{turned}product {size}{'' if out_last else ', turned back'}" for size in through]
+            if not out_last:
+                expected = [f"{turned}product 128x128x2", f"{turned}product 128x64x2", *expected]
+            assert names == expected
+            for name in names:
+                plan = plan_named(problem, name)
+                assert plan is not None and plan.name == name and plan.is_hopper
+                assert plan.packed_bytes(problem) == 16 * 128 * 256 * 4
     assert not any(plan.is_product for plan in plans_for(replace(problem_of(DCGAN, torch.float32), hopper=False)))
 
 
@@ -250,7 +269,7 @@ def test_packs_every_value_once_and_zeros_beyond(dtype: torch.dtype) -> None:
     conv = KINDS["odd"]
     problem = problem_of(conv, dtype)
     weight = torch.arange(72 * 40 * 9, dtype=torch.float64).reshape(72, 40, 3, 3).to(dtype)
-    packed = pack(weight, replace(problem, tf32=False), CONFIGS[-1])
-    assert packed.shape == (9 * packed_shape(problem, CONFIGS[-1])[0], packed_shape(problem, CONFIGS[-1])[1])
+    packed = pack(weight, replace(problem, tf32=False), SMALLEST)
+    assert packed.shape == (9 * packed_shape(problem, SMALLEST)[0], packed_shape(problem, SMALLEST)[1])
     assert packed.flatten().sort().values[-weight.numel() :].equal(weight.flatten().sort().values)
     assert packed.count_nonzero() == weight.count_nonzero()
