@@ -7,7 +7,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -205,8 +204,8 @@ def _store(accs, out_ptr, corner, phase, channel_0, sizes, pointers, numbers, FO
 def _multiply(xs, ws, full, empty, slot, turn, steps, INDEX: gl.constexpr, FORM: gl.constexpr):
     """The product of a phase, one step after the other; and the next slot.
 
-    A slot is free once the product before last is done. To be rounded, x goes through registers while the tensor cores
-    work at the step before.
+    A slot is free once its product is done. Where x is rounded it goes through registers, and the tensor cores work for
+    the other consumer meanwhile; registers of a product under way must not be written.
     """
     BITS: gl.constexpr = xs.dtype.primitive_bitwidth
     ROWS: gl.constexpr = FORM.rows
@@ -215,22 +214,17 @@ def _multiply(xs, ws, full, empty, slot, turn, steps, INDEX: gl.constexpr, FORM:
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 256 // BITS])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 32 // BITS)
     acc = gl.zeros([ROWS, COLUMNS], gl.float32, layout=PRODUCT)
-    if FORM.tf32:
-        acc = warpgroup_mma_init(acc)
-        in_use = gl.zeros([ROWS, DEPTH], gl.float32, layout=OPERAND)
     for step in range(steps):
         mbarrier.wait(full.index(slot), turn)
         x = xs.index(2 * slot + INDEX).reshape([ROWS, DEPTH])
         w = ws.index(slot).permute([1, 0])
         if FORM.tf32:
-            x = rounded_to_tf32(x.load(OPERAND))
-            acc, in_use = warpgroup_mma_wait(0, deps=(acc, in_use))
+            rounded = rounded_to_tf32(x.load(OPERAND))
+            acc = warpgroup_mma(rounded, w, acc, is_async=True)
+            acc, _ = warpgroup_mma_wait(0, deps=(acc, rounded))
             # Without the fence the copy engine may overwrite what is still being loaded.
             fence_async_shared()
-            if step > 0:
-                mbarrier.arrive(empty.index((slot + (FORM.slots - 1)) % FORM.slots), count=1)
-            acc = warpgroup_mma(x, w, acc, is_async=True)
-            in_use = x
+            mbarrier.arrive(empty.index(slot), count=1)
         else:
             acc = warpgroup_mma(x, w, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -240,13 +234,10 @@ def _multiply(xs, ws, full, empty, slot, turn, steps, INDEX: gl.constexpr, FORM:
         if slot == FORM.slots:
             slot = 0
             turn ^= 1
-    if FORM.tf32:
-        acc, in_use = warpgroup_mma_wait(0, deps=(acc, in_use))
-        fence_async_shared()
-    else:
+    if not FORM.tf32:
         acc = warpgroup_mma_wait(0, deps=(acc,))
-    if steps > 0:
-        mbarrier.arrive(empty.index((slot + (FORM.slots - 1)) % FORM.slots), count=1)
+        if steps > 0:
+            mbarrier.arrive(empty.index((slot + (FORM.slots - 1)) % FORM.slots), count=1)
     return acc, slot, turn
 
 
