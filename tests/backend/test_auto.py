@@ -398,6 +398,7 @@ def test_what_is_opaque_is_counted_with_what_it_costs_the_host(
         "contenders",
         lambda problem, shape, device, plans: dict.fromkeys(["inductor", *(plan.name for plan in plans)]),
     )
+    monkeypatch.setattr(evidence, "OPAQUE", 0.1)
     hopper = replace(SEED, hopper=True)
     kinds = [autotune.candidates(each, X.shape, "unknown") for each in (SEED, hopper)]
     assert [any(plan.is_hopper for plan in kind) for kind in kinds] == [False, True]

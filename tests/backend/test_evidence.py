@@ -122,6 +122,7 @@ def test_what_is_opaque_is_counted_with_what_it_costs_the_host(monkeypatch: pyte
     hopper = "hopper 64, 2 slots, together"
     cases = tuple(case(str(N), N, {hopper: 0.11, MARCH: 0.3}) for N in (31, 33))
     monkeypatch.setattr(evidence, "measured", lambda gpu: cases)
+    monkeypatch.setattr(evidence, "OPAQUE", 0.1)
     for N, replayed, plan, speedup in ((32, False, hopper, 9), (8, False, MARCH, 3), (8, True, hopper, 9)):
         found = predict(replace(SEED, hopper=True, positions=N * 64 * 64), (N, 64, 64, 64), "known", replayed)
         assert isinstance(found, Prediction)
