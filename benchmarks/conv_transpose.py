@@ -13,6 +13,9 @@ over a call, and how much memory it takes at most, the result included. Rows are
 many processes at once, and then measured one after the other while all others wait. The data go to benchmarks/results
 as JSON after every row. Exit code 1 where one of ours is wrong or fails.
 
+``--plans product`` is for adding to older results (``benchmarks.evidence`` merges them): at the cases that the product
+on Hopper takes, its plans, the rule's and the compiled model's, beside the peers of the same run.
+
 "around" is the seed's shape grown and shrunk by powers of two, "decoders" shapes of U-Nets, GANs, vocoders and volumes,
 "kernelbench" and "models" those of these benchmarks: what ``auto`` chooses by (``python -m benchmarks.evidence``).
 """
@@ -36,6 +39,7 @@ from unittest import mock
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import kernelbench, models, rows
 from benchmarks.cases import CASES, Case
@@ -48,6 +52,7 @@ from fusion_backend.kernels.coefficients import reference as pointwise
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.phases import Axis
 from fusion_backend.kernels.plans import Plan, choose_plan, plans_for
+from fusion_backend.kernels.problem import Problem
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("seed", "unet_up2", "dcgan_64", "hifigan_up1", "kb100_3d", "kb_small")
@@ -104,6 +109,7 @@ def known() -> dict[str, Case]:
 KNOWN = known()
 LAYOUTS = {"contiguous": False, "channels_last": True}
 PEERS = ("eager", "inductor", "inductor max-autotune")
+SWEEPS = ("few", "product")  # of many cases: nothing but plans, the compiled model and peers, and not the host's time
 CHECKED = 2  # images at either end that are compared with float64
 
 Value = Tensor | float | None
@@ -203,10 +209,14 @@ class Row:
 
         "likely": the marches, where there are any, and the general kernel's with x as it is and turned, where not; of
         the march on Hopper, the first size that fits, in every order. "few": of these, one or two of each kind.
+        "product": those of the product on Hopper, and the one that the compiled model takes.
         """
         everything = [] if plans == "chosen" else list(plans_for(self.problem))
         if plans in ("all", "chosen"):
             return everything
+        if plans == "product":
+            taken = self.compiled_plan()
+            return [plan for plan in everything if plan.is_product or plan.name == taken]
         hopper = [plan for plan in everything if isinstance(plan.config, hopper_strips.Config)]
         size = [(plan.config.channels, plan.config.slots) for plan in hopper]
         hopper = [plan for plan, its in zip(hopper, size, strict=True) if its == size[0]]
@@ -226,18 +236,18 @@ class Row:
         chosen = self.chosen
         taken = list(dict.fromkeys((chosen, *self.others(plans))))
         contenders = {plan.name: self.ours(plan) for plan in taken}
-        if plans != "few":
+        if plans not in SWEEPS:
             contenders["ours, packing"] = self.ours(chosen, packing=True)
             contenders["cudnn convolution alone"] = self.convolution
         opaque = next((plan for plan in taken if plan.is_hopper), None)
-        if opaque is not None and inductor and plans != "few":
+        if opaque is not None and inductor and plans not in SWEEPS:
             contenders["operator, " + opaque.name] = self.operator(opaque)
         contenders["eager"] = lambda: self.model(self.x)
         if inductor:
             options = {"fused_post.kernel": "fused", "fused_post.strict": True}
             fused = torch.compile(self.model, backend=backend(), fullgraph=True, dynamic=False, options=options)
             contenders["fused_post"] = lambda: fused(self.x)
-            if plans != "few":
+            if plans not in SWEEPS:
                 # With an option more, and that Inductor's default: Dynamo would find the other's code, and its plan.
                 other = options | {"triton.unique_kernel_names": True}
                 graphed = torch.compile(self.model, backend=backend(), fullgraph=True, dynamic=False, options=other)
@@ -267,7 +277,7 @@ class Row:
 
     def prepare(self, plans: str, inductor: tuple[str, ...]) -> None:
         """Compile, check and capture every contender."""
-        self.measured, self.times_host = False, plans != "few"
+        self.measured, self.times_host = False, plans not in SWEEPS
         self.columns: dict[str, dict[str, object]] = {}
         self.correct: dict[str, Callable[[], object]] = {}
         torch._dynamo.reset()
@@ -399,6 +409,22 @@ def bytes_of(case: Case, dtype: torch.dtype, *_: object) -> int:
     return 10 * math.prod(case.y) * dtype.itemsize
 
 
+def is_measured(case: Case, dtype: torch.dtype, last: bool, plans: str) -> bool:
+    """Whether a run of these ``plans`` has this row."""
+    if plans in SWEEPS and last and case.rank == 1:
+        return False
+    return plans != "product" or any(plan.is_product for plan in plans_for(problem_of(case, dtype, last)))
+
+
+def problem_of(case: Case, dtype: torch.dtype, last: bool) -> Problem:
+    """A row's, without its memory."""
+    axis = Axis(case.kernel, case.stride, case.padding, case.output_padding)
+    with FakeTensorMode():
+        x = empty(case.x, torch.empty(0, dtype=dtype, device="cuda"), last)
+        weight = x.new_empty(case.x[1], case.C_out, *[case.kernel] * case.rank)
+        return kernels.problem_for(x, weight, [axis] * case.rank, 1, last and case.rank > 1, True)
+
+
 def launched_directly() -> contextlib.ExitStack:
     """The tracing wrapper costs a millisecond of Python a launch; Inductor's code does not go through it."""
     stack = contextlib.ExitStack()
@@ -417,7 +443,7 @@ def main() -> int:
     parser.add_argument("--cases", type=names, default=["public"], help=f"of {', '.join([*groups, *KNOWN])}")
     parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"])
     parser.add_argument("--layouts", type=names, default=list(LAYOUTS))
-    parser.add_argument("--plans", choices=["all", "likely", "few", "chosen"], default="all", help="of ours")
+    parser.add_argument("--plans", choices=["all", "likely", *SWEEPS, "chosen"], default="all", help="of ours")
     parser.add_argument("--no-inductor", dest="inductor", action="store_const", const=(), default=PEERS[1:])
     parser.add_argument("--no-autotune", dest="inductor", action="store_const", const=PEERS[1:2])
     parser.add_argument("--seconds", type=float, default=0.5, help="of measuring a row")
@@ -441,7 +467,7 @@ def main() -> int:
         for name in cases
         for dtype in args.dtypes
         for last in map(LAYOUTS.__getitem__, args.layouts)
-        if not (last and KNOWN[name].rank == 1 and args.plans == "few")
+        if is_measured(KNOWN[name], getattr(torch, dtype), last, args.plans)
     ]
     outcomes = rows.measured(
         list(rows.parts(todo, lambda key: bytes_of(*key), torch.cuda.mem_get_info()[1] // 2)),

@@ -7,6 +7,9 @@ To each plan's time is added what the compiled call takes beside it, mostly pack
 less that of its plan where that was measured, else of the packing alone. Of a training step the file gets our ways and
 the fastest peer. Then every case is taken out in turn and predicted from the others:
 printed is how often ``auto`` would have been slower than the best peer, or than the best plan, and by how much.
+
+A convolution that several files hold becomes one row (``merged``). So a run of new plans alone is added to older
+results by naming its file behind theirs.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ def compact(row: dict[str, Any]) -> dict[str, Any] | None:
         beside = whole["ms"] - times[whole["plan"]]
     else:
         beside = times.get("ours, packing", 0.0) - times.get(chosen, 0.0)
-    plans = {name: round(ms + max(beside, 0.0), 5) for name, ms in times.items() if evidence.is_plan(name)}
+    plans = {name: ms + max(beside, 0.0) for name, ms in times.items() if evidence.is_plan(name)}
     return {
         "case": row["case"],
         "x": row["x"],
@@ -44,9 +47,39 @@ def compact(row: dict[str, Any]) -> dict[str, Any] | None:
         "kernel_stride_padding": row["kernel_stride_padding"],
         "dtype": row["dtype"],
         "memory_format": row["memory_format"],
-        "plans": dict(sorted(plans.items(), key=lambda item: item[1])),
-        "peer": round(min(times[name] for name in PEERS if name in times), 5),
+        "plans": plans,
+        "peers": {name: times[name] for name in PEERS if name in times},
     }
+
+
+def merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What ``compact`` makes of rows, one for each convolution, with its plans by their time and its best peer."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        convolution = ("x", "C_out", "kernel_stride_padding", "dtype", "memory_format")
+        key = json.dumps([row[name] for name in convolution])
+        found[key] = added(found[key], row) if key in found else row
+    return [
+        {name: value for name, value in row.items() if name != "peers"}
+        | {
+            "plans": {name: round(ms, 5) for name, ms in sorted(row["plans"].items(), key=lambda item: item[1])},
+            "peer": round(min(row["peers"].values()), 5),
+        }
+        for row in found.values()
+    ]
+
+
+def added(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """``row`` with what ``other``, a later run, has of the same convolution; of a plan in both, ``other``'s time.
+
+    Runs differ by some per cent, and in which peers they have. So ``other``'s times are taken in units of a peer of
+    both, the fastest in ``row``. A peer in both has ``row``'s time.
+    """
+    both = row["peers"].keys() & other["peers"].keys()
+    unit = min(both, key=row["peers"].__getitem__)
+    scale = row["peers"][unit] / other["peers"][unit]
+    plans, peers = ({name: ms * scale for name, ms in other[kind].items()} for kind in ("plans", "peers"))
+    return row | {"plans": row["plans"] | plans, "peers": peers | row["peers"]}
 
 
 # Our ways to train, and what the benchmark calls them.
@@ -134,13 +167,13 @@ def main() -> int:
     path.parent.mkdir(exist_ok=True)
     content = json.loads(path.read_text()) if path.is_file() else {}
     steps = [each for each in data if each.get("benchmark") == "training"]
-    content |= part("runs", "cases", [each for each in data if each not in steps], compact)
+    content |= part("runs", "cases", [each for each in data if each not in steps], compact, merged)
     content |= part("training_runs", "training", steps, compact_training)
     copies = [each["copy_gb_per_s"] for each in data if "copy_gb_per_s" in each]
     content |= {"copy_gb_per_s": max(copies)} if copies else {}
     path.write_text(as_text({"gpu": gpu} | content))
     judge(content.get("cases", []))
-    hopper = any("slots" in plan for row in content.get("cases", []) for plan in row["plans"])
+    hopper = any(evidence.is_opaque(plan) for row in content.get("cases", []) for plan in row["plans"])
     judge_training(content.get("training", []), hopper)
     print(path)
     return 0
@@ -158,7 +191,11 @@ def as_text(content: dict[str, Any]) -> str:
 
 
 def part(
-    runs: str, rows: str, data: list[dict[str, Any]], compact: Callable[[dict[str, Any]], dict[str, Any] | None]
+    runs: str,
+    rows: str,
+    data: list[dict[str, Any]],
+    compact: Callable[[dict[str, Any]], dict[str, Any] | None],
+    merged: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list,
 ) -> dict[str, Any]:
     """What the results of one benchmark put into the file: nothing where there are none."""
     found = [[row for row in map(compact, each["rows"]) if row is not None] for each in data]
@@ -168,7 +205,7 @@ def part(
     of_run = ("versions", "date", "commit", "command")
     return {
         runs: [{name: each[name] for name in of_run} for each in used],
-        rows: [row for some in found for row in some],
+        rows: merged([row for some in found for row in some]),
     }
 
 

@@ -3,8 +3,6 @@
 import itertools
 import re
 from collections.abc import Iterator
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -12,50 +10,16 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-
 from fusion_backend.kernels import hopper_march
 from fusion_backend.kernels.coefficients import coefficients_for
 from fusion_backend.kernels.gate import EVERYTHING, Gate
 from fusion_backend.kernels.hopper_form import Form
 from fusion_backend.kernels.hopper_strips import Config, configs_for, march_for, shared_memory, why_no_bits, why_not
-from fusion_backend.kernels.problem import Problem, problem_for
+from fusion_backend.kernels.problem import Problem
 from fusion_backend.kernels.program import Program, columns_of
-from tests.kernels.compiling import CHIPS, Compiled, _read_nvidia, on_chip
+from tests.kernels.compiling import Compiled, _read_nvidia
+from tests.kernels.compiling_hopper import CHIP, PROCESSORS, compiling, count, loops, problem_of
 from tests.kernels.convolutions import PUBLIC, Conv
-
-CHIP = CHIPS["sm_90"]
-PROCESSORS = 132
-
-
-class Driver:
-    """As much of a driver as compiling takes."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return CHIP.target
-
-
-class Warmed:
-    """A kernel that is compiled where it would be launched."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args, **options: self.kernel.warmup(*args, grid=grid, **options)
-
-
-def problem_of(conv: Conv, dtype: torch.dtype, x_last: bool, out_last: bool) -> Problem:
-    with on_chip("sm_90"):
-        x, weight, _ = conv.fakes(dtype, x_last, out_last)
-        return problem_for(x, weight, conv.axes, conv.groups, out_last, True)
 
 
 def compiled(
@@ -72,34 +36,10 @@ def compiled(
     steps = Program(program, torch.zeros(conv.C_out, columns) if columns else None)
     bits = None if gate is None else torch.zeros(1, dtype=torch.uint8)
     flags = None if gate is None else (gate.lo_open, gate.hi_open, gate.passes_nan)
-    kernel = hopper_march._kernel()
-    hopper_march.prepare.cache_clear()
-    with (
-        mock.patch.object(driver, "_active", Driver()),
-        mock.patch.object(hopper_march, "_kernel", return_value=Warmed(kernel)),
-    ):
+    with compiling(hopper_march):
         launched = hopper_march.launch(out, x, packed, problem, march, given, bits, gate or EVERYTHING, steps)
         form = hopper_march.prepare(problem, march, conv.x, given.kinds, flags, program).form
-    hopper_march.prepare.cache_clear()
     return _read_nvidia(launched), form
-
-
-def loops(assembly: str) -> Iterator[list[str]]:
-    """The instructions of each loop that has no other inside."""
-    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", assembly)
-    code = [(int(address, 16), text) for address, text in lines]
-    edges = []
-    for address, text in code:
-        target = re.search(r"\bBRA 0x([0-9a-f]+)", text)
-        if target and int(target.group(1), 16) < address:
-            edges.append((int(target.group(1), 16), address))
-    for begin, end in edges:
-        if not any(begin <= other[0] and other[1] <= end and other != (begin, end) for other in edges):
-            yield [text for address, text in code if begin <= address <= end]
-
-
-def count(pattern: str, code: list[str]) -> int:
-    return sum(bool(re.search(pattern, text)) for text in code)
 
 
 def wrong(binary: Compiled, form: Form, problem: Problem, config: Config) -> Iterator[str]:
