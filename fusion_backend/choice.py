@@ -295,7 +295,7 @@ def problem_of(site: Site, relayout: bool = False) -> tuple[Problem, tuple[int, 
     last, allow_tf32 = layout_of(convolution.value)
     problem = problem_for(x.to(dtype), weight, axes, convolution.groups, bool(last), allow_tf32)
     if relayout:
-        problem = replace(problem, x_last=shape[1] != 1, out_last=True)
+        problem = replace(problem, x_last=shape[1] != 1 and max(shape[2:]) > 1, out_last=True)
     spans = (cdiv(axis.output_size(size), axis.stride) for axis, size in zip(axes, shape[2:], strict=True))
     problem = replace(problem, positions=shape[0] * math.prod(spans), prologue=site.prologue is not None)
     if site.program is not None:

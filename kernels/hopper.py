@@ -34,7 +34,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Call:
-    """What a call is asked for besides tensors. An operator takes it as one text: each argument costs the host time."""
+    """What a call is asked for besides tensors. An operator takes it as one text: each argument costs the host time.
+
+    That is JSON with other quotation marks: Inductor writes it into a string in C++ as it is.
+    """
 
     axes: tuple[tuple[int, ...], ...]  # stride, padding, output padding and dilation, as ``axes_for`` takes them
     numbers: Numbers
@@ -46,13 +49,13 @@ class Call:
 
     @property
     def text(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self)).replace('"', "'")
 
 
 @functools.lru_cache(maxsize=1024)
 def call_of(text: str) -> Call:
     read: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
+        name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text.replace("'", '"')).items()
     }
     return Call(**read | {"axes": tuple(map(tuple, read["axes"]))})
 
@@ -91,6 +94,8 @@ def _get_ready(x: torch.Tensor, weight: torch.Tensor, call: Call, columns: int) 
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     cut: March | Product | str | None = why_no_gluon()
     if cut is None and call.plan in {config.name for config in hopper_blocks.CONFIGS}:
+        # An x that is in both layouts at once counts as contiguous elsewhere.
+        problem = replace(problem, x_last=x.movedim(1, -1).is_contiguous())
         cut = _product(problem, x.shape, call, processors)
     elif cut is None:
         cut = _march(problem, x.shape, sizes[-1], call, columns, processors)
@@ -176,7 +181,7 @@ def run(
         return None
     call = ready.call
     check_coefficients(ready.problem.C_out, x.device, tensors)
-    if call.program:
+    if call.program or vectors is not None:
         check_program(Program(call.program, vectors), ready.problem.C_out, x.device)
     out = empty(ready.shape, x, call.channels_last)
     bits = None if call.gate is None else out.new_empty(cdiv(out.numel(), 8), dtype=torch.uint8)

@@ -620,6 +620,7 @@ def test_a_call_is_read_as_it_was_written() -> None:
         for gate in (None, (True, False, True)):
             call = Call(AXES, numbers, True, False, SMALLEST.name, "silu v0", gate)
             assert call_of(call.text) == call
+            assert '"' not in call.text, "Inductor's C++ has the text in a string, and escapes nothing"
 
 
 def test_the_operator_is_the_general_one_where_there_is_no_hopper() -> None:

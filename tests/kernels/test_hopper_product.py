@@ -7,16 +7,19 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
 from fusion_backend.kernels import conv_transpose as kernels
 from fusion_backend.kernels import hopper, hopper_product
+from fusion_backend.kernels import problem as problems
 from fusion_backend.kernels.coefficients import coefficients_for
 from fusion_backend.kernels.conv_transpose import conv_transpose, reference
 from fusion_backend.kernels.hopper_blocks import (
     CONFIGS,
     Config,
+    Product,
     configs_for,
     packed_shape,
     product_for,
@@ -24,6 +27,7 @@ from fusion_backend.kernels.hopper_blocks import (
     why_not_shape,
 )
 from fusion_backend.kernels.hopper_product import launch, pack
+from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.phases import Axis
 from fusion_backend.kernels.plans import plan_named, plans_for
 from fusion_backend.kernels.problem import Problem, is_hopper, problem_for
@@ -262,6 +266,39 @@ def test_plans_turn_what_is_not_channels_last() -> None:
                 assert plan is not None and plan.name == name and plan.is_hopper
                 assert plan.packed_bytes(problem) == 16 * 128 * 256 * 4
     assert not any(plan.is_product for plan in plans_for(replace(problem_of(DCGAN, torch.float32), hopper=False)))
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        Conv((0, 64, 5, 6), 96, (4,), (2,), (1,)),
+        Conv((2, 128, 1, 1), 96, (4,), (1,)),
+        Conv((2, 64, 1, 7), 96, (3,), (2,), (1,), (1,)),
+        Conv((2, 64, 9), 96, (16,), (8,), (4,)),
+        Conv((2, 64, 2, 3, 4), 96, (3,), (2,), (2,), (1,), (3,)),
+    ],
+    ids=["empty", "one pixel", "a row", "1d", "3d"],
+)
+def test_what_is_planned_for_the_product_it_takes(conv: Conv) -> None:
+    """Also of an x that is contiguous and channels_last at once, as one pixel is."""
+    axes = tuple(tuple(int(getattr(axis, name)) for axis in conv.axes) for name in kernels.AXIS)
+    with (
+        FakeTensorMode(),
+        mock.patch.object(problems, "is_hopper", return_value=True),
+        mock.patch.object(hopper, "is_hopper", return_value=True),
+        mock.patch.object(problems, "shared_memory_limit", return_value=227 * 1024),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=mock.Mock(multi_processor_count=132)),
+    ):
+        for from_last in (False, True):
+            for to_last in (False, True):
+                x, weight, _ = conv.fakes(torch.bfloat16, from_last, to_last)
+                products = [p for p in plans_for(problem_for(x, weight, conv.axes, 1, to_last, True)) if p.is_product]
+                assert products
+                for plan in products:
+                    given = empty(conv.x, x, True) if plan.turned else x
+                    call = hopper.Call(axes, (1.0, 0.0, None, None), True, True, plan.config.name)
+                    ready = hopper._get_ready(given, weight, call, 0)
+                    assert ready is not None and isinstance(ready.cut, Product) and ready.cut.config == plan.config
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
