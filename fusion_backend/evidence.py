@@ -33,9 +33,9 @@ FARTHEST = 3.0
 FARTHEST_SIZE = 3.0
 FARTHEST_CHANNELS = 1.5
 
-# Milliseconds that the host takes longer over a call with an operator that is opaque to Inductor than over Inductor's (on
-# the H200's host; most of it is Python, the dispatcher and triton's launcher). A plan with one is counted with no less,
-# so that it loses nothing where the device waits for the host; unless CUDA graphs replay the call.
+# Milliseconds that the host takes longer over a call with an operator that is opaque to Inductor than over Inductor's
+# (on the H200's host; most of it is Python, the dispatcher and triton's launcher). A plan with one is counted with no
+# less, so that it loses nothing where the device waits for the host; unless CUDA graphs replay the call.
 OPAQUE = 0.04
 
 # Less than this is not worth leaving Inductor, whose time differs from run to run, too.
