@@ -2,8 +2,8 @@
 
     python -m benchmarks.counters [--cases dcgan_64,hifigan_up1] [--dtypes bfloat16] [--ncu /path/to/ncu] [--out FILE]
 
-Needs a GPU and ncu, with leave to read counters; the clocks stay as they are. The pass that turns x and the one that
-packs the weight are not looked at. The data go to benchmarks/results as JSON.
+Needs a GPU and ncu, with leave to read counters; the clocks stay as they are. The passes that turn x and the result,
+and the one that packs the weight, are not looked at. The data go to benchmarks/results as JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.conv_transpose import KNOWN, NAMES, RESULTS, Row, names
 from benchmarks.measure import environment
 from fusion_backend.kernels.plans import plan_named
 
-KERNELS = "regex:march|_conv_transpose_kernel"
+KERNELS = "regex:march|product|_conv_transpose_kernel"
 
 # Percentages are of the peak that can be sustained.
 METRICS = {

@@ -1,6 +1,6 @@
 """One plan of ours at one case, launched a few times and nothing else: what a profiler looks at.
 
-    ncu --clock-control none --set full -k "regex:march|conv_transpose" -c 1 \\
+    ncu --clock-control none --set full -k "regex:march|product|conv_transpose" -c 1 \\
         python -m benchmarks.once --case seed --dtype bfloat16 --layout contiguous --plan "hopper 64, 2 slots, burst"
     compute-sanitizer python -m benchmarks.once --case kb_small
 

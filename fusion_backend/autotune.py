@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fusion_backend.cache_key import cache_key_tag
 from fusion_backend.evidence import Prediction, counted, ranked
+from fusion_backend.kernels import hopper_blocks
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.plans import Plan, choose_plan, plans_for
 from fusion_backend.kernels.problem import Problem
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 INDUCTOR = "inductor"
 
-# Of our plans; each costs a second or two of compiling.
+# Of our plans; each costs a second or two of compiling, and a product on Hopper three.
 MOST_PLANS = 6
 
 ROUNDS = 15
@@ -114,11 +115,23 @@ def candidates(problem: Problem, shape: tuple[int, ...], gpu: str) -> list[Plan]
     everything = list(plans_for(problem))
     by_name = {plan.name: plan for plan in everything}
     kinds: dict[tuple[bool, ...], list[Plan]] = {}
-    for plan in everything:
-        kinds.setdefault((plan.is_hopper, plan.is_march, plan.turned, plan.back), []).append(plan)
+    for plan in _products_of_one_shape(everything):
+        kinds.setdefault((plan.is_hopper, plan.is_product, plan.is_march, plan.turned, plan.back), []).append(plan)
     first = [plan for i in range(2) for kind in kinds.values() for plan in kind[i : i + 1]]
     known = [by_name[name] for name in ranked(problem, shape, gpu) if name in by_name]
     return list(dict.fromkeys([choose_plan(problem, shape), *known[:3], *first]))[:MOST_PLANS]
+
+
+def _products_of_one_shape(plans: Sequence[Plan]) -> Iterator[Plan]:
+    """``plans``, and of products whose tiles are as large the first: how many tiles there are decides between them."""
+    sizes: set[int] = set()
+    for plan in plans:
+        if isinstance(plan.config, hopper_blocks.Config):
+            size = plan.config.rows * plan.config.columns
+            if size in sizes:
+                continue
+            sizes.add(size)
+        yield plan
 
 
 def contenders(

@@ -391,6 +391,19 @@ def test_where_the_switch_for_tf32_is_changed_later_eager_takes_over(caplog: pyt
     assert caplog.text.count("TF32 for convolutions was allowed when a model was compiled and is forbidden now") == 1
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_two_products_of_different_sizes_are_measured_beside_the_other_kinds(last: bool) -> None:
+    axes = (Axis(), Axis(4, 2, 1), Axis(4, 2, 1))
+    each = replace(SEED, axes=axes, C_in=512, C_out=256, x_last=last, out_last=last, hopper=True)
+    names = [plan.name for plan in autotune.candidates(each, (16, 512, 16, 16), "unknown")]
+    turned, back = ("", "") if last else ("turned ", ", turned back")
+    products = [name for name in names if "product" in name]
+    assert products == [f"{turned}product {size}{back}" for size in ("256x128", "128x128")]
+    kinds = {(name.startswith("turned"), "back" in name) for name in names if name not in products}
+    assert kinds == ({(False, False)} if last else {(False, False), (True, False)})
+    assert len(names) <= autotune.MOST_PLANS
+
+
 def test_what_is_opaque_is_counted_with_what_it_costs_the_host(
     timings: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
