@@ -115,7 +115,7 @@ def candidates(problem: Problem, shape: tuple[int, ...], gpu: str) -> list[Plan]
     by_name = {plan.name: plan for plan in everything}
     kinds: dict[tuple[bool, ...], list[Plan]] = {}
     for plan in everything:
-        kinds.setdefault((plan.is_hopper, plan.is_march, plan.turned, plan.back), []).append(plan)
+        kinds.setdefault((plan.is_hopper, plan.is_product, plan.is_march, plan.turned, plan.back), []).append(plan)
     first = [plan for i in range(2) for kind in kinds.values() for plan in kind[i : i + 1]]
     known = [by_name[name] for name in ranked(problem, shape, gpu) if name in by_name]
     return list(dict.fromkeys([choose_plan(problem, shape), *known[:3], *first]))[:MOST_PLANS]

@@ -92,7 +92,8 @@ def predict(
         # How wide a tile may be depends on how many there are, which the rule sees and the case does not.
         first = replace(first, plan=ruled.name, packed_bytes=ruled.packed_bytes(problem))
     if not others and not exact:
-        marches = fitting[first.plan].is_march or fitting[first.plan].is_hopper
+        plan = fitting[first.plan]
+        marches = plan.is_march or (plan.is_hopper and not plan.is_product)
         if first.speedup < LEAST_SPEEDUP_ALONE or not marches:
             return f"a single measured case on {gpu} is like it, {first.case}, and no march is far faster there"
     return replace(first, speedup=min(each.speedup for each in (first, *others)))

@@ -57,7 +57,9 @@ def test_auto_takes_the_fused_kernel_where_it_is_measured_to_be_faster() -> None
     assert site.kernel == "fused"
     assert "times the speed of Inductor at the most similar measured case, seed" in site.reason
     assert "march" in site.reason and "144 KiB for the packed weight" in site.reason
-    assert [site.kernel for site in explain(model, X).sites] == ["inductor"]  # with gradients
+    (site,) = explain(model, X).sites  # with gradients
+    assert site.kernel == "fused"
+    assert "times the speed of Inductor in training at the most similar measured case, seed 64x64" in site.reason
 
 
 @pytest.mark.usefixtures("on_h200")
@@ -401,6 +403,8 @@ def test_what_is_opaque_is_counted_with_what_it_costs_the_host(
     hopper = replace(SEED, hopper=True)
     kinds = [autotune.candidates(each, X.shape, "unknown") for each in (SEED, hopper)]
     assert [any(plan.is_hopper for plan in kind) for kind in kinds] == [False, True]
+    last = autotune.candidates(replace(hopper, x_last=True, out_last=True), X.shape, "unknown")
+    assert {plan.is_product for plan in last if plan.is_hopper} == {False, True}
     (first, *_) = (plan.name for plan in kinds[1] if plan.is_hopper)
     for ms, replayed, speedup in ((0.5, False, 2.0), (0.05, False, 10.0), (0.05, True, 20.0)):
         timings[first] = ms

@@ -16,6 +16,7 @@ K3S2 = Axis(3, 2, 1, 1)
 SEED = Problem((Axis(), K3S2, K3S2), 64, 64, 1, 32 * 64 * 64, torch.bfloat16, True, True, False, False, 227 * 1024)
 SHAPE = (32, 64, 64, 64)
 MARCH, GENERAL = "march 64x64, 4 warps, 3 stages", "128x64x128, 4 warps, 3 stages"
+ON_HOPPER, PRODUCT = "hopper 64, 2 slots", "product 256x64"
 
 
 def case(name: str, N: int, plans: dict[str, float], peer: float = 1.0) -> Case:
@@ -82,16 +83,22 @@ def test_what_a_case_says_nothing_of(changes: dict[str, object], shape: tuple[in
 
 @pytest.mark.parametrize(
     ("plans", "peer", "taken"),
-    [({MARCH: 0.5, GENERAL: 0.8}, 1.0, True), ({MARCH: 0.7}, 1.0, False), ({MARCH: 0.8, GENERAL: 0.5}, 1.0, False)],
-    ids=["far faster", "hardly faster", "no march"],
+    [
+        ({MARCH: 0.5, GENERAL: 0.8}, 1.0, True),
+        ({MARCH: 0.7}, 1.0, False),
+        ({MARCH: 0.8, GENERAL: 0.5}, 1.0, False),
+        ({ON_HOPPER: 0.5, PRODUCT: 0.8}, 1.0, True),
+        ({ON_HOPPER: 0.8, PRODUCT: 0.5}, 1.0, False),
+    ],
+    ids=["far faster", "hardly faster", "no march", "a march on Hopper", "a product on Hopper"],
 )
 def test_one_case_alone_must_show_a_march_to_be_far_faster(
     monkeypatch: pytest.MonkeyPatch, plans: dict[str, float], peer: float, taken: bool
 ) -> None:
     monkeypatch.setattr(evidence, "measured", lambda gpu: (case("small", 16, plans, peer),))
-    found = predict(SEED, SHAPE, "known")
+    found = predict(replace(SEED, hopper=True), SHAPE, "known")
     if taken:
-        assert isinstance(found, Prediction) and (found.plan, found.speedup) == (MARCH, 2.0)
+        assert isinstance(found, Prediction) and (found.plan, found.speedup) == (min(plans, key=plans.get), 2.0)
     else:
         assert found == "a single measured case on known is like it, small, and no march is far faster there"
 
