@@ -646,7 +646,7 @@ def run(
         tensors_read = sum(tensor is not None for tensor in program.tensors)
         columns = 0 if program.vectors is None else int(program.vectors.shape[1])
         problem = replace(problem, hopper=problem.hopper and not tensors_read, prologue=bool(prologue.text))
-        candidates: Iterator[Plan] = (Plan(each.config) for each in (choose_tiling(problem), *tilings(problem)))
+        candidates = _general(problem)
         if gate is not None and plan_name is None:
             candidates = plans_for_bits(problem, x.shape, turned_bits)
         elif compiled:
@@ -680,6 +680,12 @@ def run(
         written = None if gate is None else bits
         launch_plan(out, x, packed, problem, plan, coefficients, written, gate or EVERYTHING, program, prologue)
     return out, bits.unsqueeze(0) if gate is not None and plan is not None and plan.back else bits
+
+
+def _general(problem: Problem) -> Iterator[Plan]:
+    """Those of the general kernel, the rule's first; only for the asking, as the rule guards on sizes that vary."""
+    yield Plan(choose_tiling(problem).config)
+    yield from (Plan(each.config) for each in tilings(problem))
 
 
 def _plan(problem: Problem, x: torch.Tensor, name: str | None, tensors: int = 0, columns: int = 0) -> Plan:

@@ -416,6 +416,8 @@ def test_what_is_opaque_is_counted_with_what_it_costs_the_host(
     hopper = replace(SEED, hopper=True)
     kinds = [autotune.candidates(each, X.shape, "unknown") for each in (SEED, hopper)]
     assert [any(plan.is_hopper for plan in kind) for kind in kinds] == [False, True]
+    last = autotune.candidates(replace(hopper, x_last=True, out_last=True), X.shape, "unknown")
+    assert {plan.is_product for plan in last if plan.is_hopper} == {False, True}
     (first, *_) = (plan.name for plan in kinds[1] if plan.is_hopper)
     for ms, replayed, speedup in ((0.5, False, 2.0), (0.05, False, 10.0), (0.05, True, 20.0)):
         timings[first] = ms
