@@ -7,8 +7,9 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 pytest.importorskip("triton")
 
@@ -297,7 +298,8 @@ def test_what_is_planned_for_the_product_it_takes(conv: Conv) -> None:
                 assert products
                 for plan in products:
                     given = empty(conv.x, x, True) if plan.turned else x
-                    call = hopper.Call(axes, (1.0, 0.0, None, None), True, True, plan.config.name)
+                    out_last = to_last or plan.back
+                    call = hopper.Call(axes, (1.0, 0.0, None, None), out_last, True, plan.config.name)
                     ready = hopper._get_ready(given, weight, call, 0)
                     assert ready is not None and isinstance(ready.cut, Product) and ready.cut.config == plan.config
 
@@ -305,17 +307,17 @@ def test_what_is_planned_for_the_product_it_takes(conv: Conv) -> None:
 @pytest.mark.parametrize("name", ["product 256x128", "hopper 64, 2 slots"])
 def test_a_plan_by_its_name_is_taken_for_a_batch_of_any_size(name: str) -> None:
     """One compilation serves them all: nothing is guarded on."""
-    shapes = ShapeEnv()
+    shapes, real = ShapeEnv(), torch.empty(8, 64, 16, 16)
+    varying = StatelessSymbolicContext([DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * 3])
     with (
-        FakeTensorMode(shape_env=shapes),
+        FakeTensorMode(shape_env=shapes) as fakes,
         mock.patch.object(problems, "is_hopper", return_value=True),
         mock.patch.object(problems, "shared_memory_limit", return_value=227 * 1024),
         mock.patch.object(hopper, "conv_transpose_hopper", side_effect=hopper.conv_transpose_hopper) as called,
     ):
-        N = shapes.create_unbacked_symint()
-        torch._check(N >= 2)
+        sizes = fakes.from_tensor(real, symbolic_context=varying, source=ConstantSource("x")).shape
         like = torch.empty(0, device="cuda", dtype=torch.bfloat16)
-        x, weight = empty((N, 64, 16, 16), like, True), empty((64, 96, 3, 3), like, False)
+        x, weight = empty(sizes, like, True), empty((64, 96, 3, 3), like, False)
         y = conv_transpose(x, weight, [2], [1], [1], [1], channels_last=True, plan=name)
     assert called.call_count == 1 and tuple(y.shape[1:]) == (96, 32, 32)
     assert not shapes.guards
