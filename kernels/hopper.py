@@ -55,7 +55,8 @@ class Call:
 @functools.lru_cache(maxsize=1024)
 def call_of(text: str) -> Call:
     read: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text.replace("'", '"')).items()
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in json.loads(text.replace("'", '"')).items()
     }
     return Call(**read | {"axes": tuple(map(tuple, read["axes"]))})
 
