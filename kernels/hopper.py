@@ -54,8 +54,10 @@ class Call:
 
 @functools.lru_cache(maxsize=1024)
 def call_of(text: str) -> Call:
-    items = json.loads(text.replace("'", '"')).items()
-    read: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in items}
+    read: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in json.loads(text.replace("'", '"')).items()
+    }
     return Call(**read | {"axes": tuple(map(tuple, read["axes"]))})
 
 

@@ -623,6 +623,22 @@ def test_a_call_is_read_as_it_was_written() -> None:
             assert '"' not in call.text, "Inductor's C++ has the text in a string, and escapes nothing"
 
 
+def test_vectors_without_a_program_are_refused_before_any_launch() -> None:
+    """A kernel that was compiled without them would take them for something else."""
+    call = Call(AXES, (1.0, 0.0, 0.0, None), False, True, SMALLEST.name)
+    with (
+        FakeTensorMode(),
+        mock.patch.object(on_hopper, "is_hopper", return_value=True),
+        mock.patch.object(on_hopper, "why_no_gluon", return_value=None),
+        mock.patch.object(problem, "shared_memory_limit", return_value=HOPPER),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=mock.Mock(multi_processor_count=132)),
+    ):
+        x, weight, _ = CPU.fakes(torch.bfloat16, False, False)
+        vectors = x.new_empty(8, 1, dtype=torch.float32)
+        with pytest.raises(ValueError, match="vectors has shape"):
+            on_hopper.run(x, weight, weight, (None,) * 4, vectors, call.text)
+
+
 def test_the_operator_is_the_general_one_where_there_is_no_hopper() -> None:
     x, weight = CPU.tensors(torch.float32, "cpu")
     shift = torch.randn(8)
