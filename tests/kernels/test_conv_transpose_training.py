@@ -23,7 +23,7 @@ from fusion_backend.kernels import (
     epilogue_backward,
     epilogue_backward_turned,
     gate,
-    hopper_march_training,
+    hopper_training,
     problem,
     row_march,
 )
@@ -388,7 +388,7 @@ def test_a_gpu_turns_odd_rows_once_on_each_side_and_no_gradient_in_a_pass_of_its
     dtype: torch.dtype, hopper: bool
 ) -> None:
     """At kb100_3d, whose rows have 63 elements. The backward turns x, and the gradient as it masks it."""
-    march = hopper_march_training.conv_transpose_hopper_training
+    march = hopper_training.conv_transpose_hopper_training
 
     def step() -> None:
         x = torch.empty(16, 32, 16, 32, 32, dtype=dtype, device="cuda")
@@ -414,7 +414,7 @@ def test_a_gpu_turns_odd_rows_once_on_each_side_and_no_gradient_in_a_pass_of_its
         on_chip("sm_90"),
         torch.no_grad(),
         mock.patch.object(problem, "is_hopper", return_value=hopper),
-        mock.patch.object(hopper_march_training, "conv_transpose_hopper_training", side_effect=march) as marched,
+        mock.patch.object(hopper_training, "conv_transpose_hopper_training", side_effect=march) as marched,
     ):
         run()
     names = sorted(launch.kernel.fn.__name__ for launch in launches)

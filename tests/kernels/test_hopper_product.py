@@ -178,6 +178,7 @@ def test_the_general_operator_runs_it_by_its_name(
     gpu: str, name: str, from_last: bool, to_last: bool, dtype: torch.dtype
 ) -> None:
     """With the passes that turn x, and the result back."""
+    torch.compiler.reset()  # one function, compiled for each of these
     conv = KINDS[name]
     x, weight = conv.tensors(dtype, "cuda", from_last)
     values = coefficients(conv.C_out, "cuda")
