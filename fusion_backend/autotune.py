@@ -124,10 +124,10 @@ def candidates(problem: Problem, shape: tuple[int, ...], gpu: str) -> list[Plan]
 
 def _products_of_one_shape(plans: Sequence[Plan]) -> Iterator[Plan]:
     """``plans``, and of products whose tiles are as large the first: how many tiles there are decides between them."""
-    sizes: set[int] = set()
+    sizes: set[tuple[int, bool]] = set()
     for plan in plans:
         if isinstance(plan.config, hopper_blocks.Config):
-            size = plan.config.rows * plan.config.columns
+            size = (plan.config.rows * plan.config.columns, plan.back)
             if size in sizes:
                 continue
             sizes.add(size)
