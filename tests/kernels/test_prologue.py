@@ -205,7 +205,7 @@ def plans(dtype: torch.dtype, last: bool, **changes: Any) -> tuple[Problem, list
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_plans_of_a_problem_with_a_prologue(dtype: torch.dtype) -> None:
-    """None is new, so that what is measured without one is found; the copy engine on Hopper takes x as it is, or turned."""
+    """None is new, so that what is measured without one is found; on Hopper only a pass that turns x does the steps."""
     for last in (False, True):
         _, without = plans(dtype, last)
         found, those = plans(dtype, last, prologue=True)
