@@ -54,9 +54,9 @@ def test_a_wrong_and_a_late_contender_are_not_timed(row: Row) -> None:
     assert columns["late"] == {"raised": "TimeoutError: the row's time for preparing is spent"}
 
 
-def test_compilers_end_before_what_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+@config.patch(compile_threads=2)
+def test_compilers_end_before_what_is_queued() -> None:
     end_compilers()
-    monkeypatch.setattr(config, "compile_threads", 2)
     for _ in range(8):
         AsyncCompile.process_pool().submit(functools.partial(time.sleep, 10.0))
     time.sleep(5.0)  # until the first have begun
