@@ -55,6 +55,7 @@ from fusion_backend.kernels.plans import Plan, choose_plan, plans_for
 from fusion_backend.kernels.problem import Problem
 
 RESULTS = Path(__file__).parent / "results"
+PROCESS_BYTES = 2 << 30  # of a GPU's memory, before its row's: the context, and libraries' workspaces
 NAMES = ("seed", "unet_up2", "dcgan_64", "hifigan_up1", "kb100_3d", "kb_small")
 
 
@@ -469,11 +470,12 @@ def main() -> int:
         for last in map(LAYOUTS.__getitem__, args.layouts)
         if is_measured(KNOWN[name], getattr(torch, dtype), last, args.plans)
     ]
+    _, total = torch.cuda.mem_get_info()
     outcomes = rows.measured(
-        list(rows.parts(todo, lambda key: bytes_of(*key), torch.cuda.mem_get_info()[1] // 2)),
+        list(rows.parts(todo, lambda key: bytes_of(*key), total // 4)),
         functools.partial(prepare, plans=args.plans, inductor=args.inductor),
         functools.partial(measure, seconds=args.seconds),
-        min(len(todo), os.cpu_count() or 1),
+        min(len(todo), os.cpu_count() or 1, total // 2 // PROCESS_BYTES),
         args.budget,
     )
     for (case, dtype, last), columns in outcomes:

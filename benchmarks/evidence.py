@@ -93,8 +93,6 @@ def compact_training(row: dict[str, Any]) -> dict[str, Any] | None:
         return None
     peer = min((name for name in PEERS if name in columns), key=lambda name: columns[name]["ms"])
     taken = {way: columns[name] for way, name in WAYS.items() if name in columns}
-    if row["y"][-1] % 8 and "last" not in row["memory_format"]:
-        taken.pop("fused", None)  # all there is ran the epilogue's way, which "fused" no longer does there
     every = taken | {"peer": columns[peer]}
     return {
         "case": row["case"],
