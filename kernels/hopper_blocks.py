@@ -32,9 +32,10 @@ MOST_ELEMENTS = 2**31
 
 @dataclass(frozen=True)
 class Config:
-    """Positions of a consumer, and output channels, of a program's tile; for ``joined`` phases along W.
+    """Positions of a consumer, and columns of a product, of a program's tile; ``joined`` products for each.
 
-    A contiguous result has all of them in a tile, so that its rows are whole.
+    A column is an output channel. A contiguous result has all phases along W in a tile, so that its rows are whole:
+    those that read the same inputs (see ``Axis.sharing``) are columns of one product, the others are joined.
     """
 
     rows: int
@@ -47,6 +48,10 @@ class Config:
         joined = f"x{self.joined}" if self.joined > 1 else ""
         return f"product {CONSUMERS * self.rows}x{self.columns}{joined}"
 
+
+LEAST_ROWS = 64  # of a consumer, and all that a contiguous result has registers for
+MOST_JOINED = 4
+MOST_PHASES = 8  # of a row of a contiguous result
 
 # From much work a program to little.
 CONFIGS = (
@@ -87,8 +92,9 @@ def why_not(problem: Problem) -> str | None:
         return "something is done to x first, and the copy engine brings it as it is"
     if not problem.x_last:
         return "x is contiguous"
-    if not problem.out_last and problem.axes[2].stride not in (2, 4):
-        return f"{problem.axes[2].stride} phases of a row are none that a contiguous result has in a tile"
+    joined, shared = phases_of(problem)
+    if not problem.out_last and (joined * shared not in (2, 4, MOST_PHASES) or joined > MOST_JOINED):
+        return f"{problem.axes[2].stride} phases of a row, {shared} of the same inputs, are none that a tile has"
     if problem.dtype.itemsize == 4 and not problem.tf32:
         return "float32 without TF32 has no tensor cores"
     row = problem.C_in * problem.dtype.itemsize
@@ -109,21 +115,32 @@ def why_not_shape(problem: Problem, shape: Sequence[int], cut: Product) -> str |
     return None
 
 
+def phases_of(problem: Problem) -> tuple[int, int]:
+    """Products that are joined along W, and phases that share each."""
+    axis = problem.axes[2]
+    if problem.out_last:
+        return 1, 1
+    shared = axis.sharing if axis.stride % axis.sharing == 0 else 1
+    return axis.stride // shared, shared
+
+
 def configs_for(problem: Problem) -> tuple[Config, ...]:
     """The configurations that fit; for a problem that the product takes there is one."""
+    joined, shared = phases_of(problem)
     return tuple(
         config
         for config in CONFIGS
-        if config.joined == (1 if problem.out_last else problem.axes[2].stride)
-        and config.columns < 2 * problem.C_out
+        if config.joined == joined
+        and (problem.out_last or config.rows == LEAST_ROWS)
+        and config.columns < 2 * shared * problem.C_out
         and _slots(problem, config) >= LEAST_SLOTS
     )
 
 
 def packed_shape(problem: Problem, config: Config) -> tuple[int, int]:
     """[C_out, C_in] of a tap, both filled up to whole blocks."""
-    depth = DEPTH_BYTES // problem.dtype.itemsize
-    return cdiv(problem.C_out, config.columns) * config.columns, cdiv(problem.C_in, depth) * depth
+    depth, channels = DEPTH_BYTES // problem.dtype.itemsize, config.columns // phases_of(problem)[1]
+    return cdiv(problem.C_out, channels) * channels, cdiv(problem.C_in, depth) * depth
 
 
 def product_for(problem: Problem, shape: Sequence[int], config: Config, processors: int) -> Product:
@@ -137,8 +154,9 @@ def product_for(problem: Problem, shape: Sequence[int], config: Config, processo
         all(size % (edge * stride) == 0 for size, edge, stride in zip((shape[0], *outputs), box, strides, strict=True))
         and math.prod(boxes) % CONSUMERS == 0
     )
-    phases = math.prod(strides)
-    total = cdiv(math.prod(boxes), CONSUMERS) * (phases // config.joined) * cdiv(problem.C_out, config.columns)
+    shared = phases_of(problem)[1]
+    phases = math.prod(strides) // (config.joined * shared)
+    total = cdiv(math.prod(boxes), CONSUMERS) * phases * cdiv(shared * problem.C_out, config.columns)
     slots = _slots(problem, config)
     return Product(config, box, boxes, whole, slots, total, min(total, processors))  # type: ignore[arg-type]
 
@@ -189,6 +207,7 @@ class Form:
     slots: int
     out_last: bool
     joined: int
+    shared: int
     tf32: bool
     neighbours: int
     present: tuple[bool, bool, bool, bool]  # scale, shift, lo, hi
@@ -205,14 +224,23 @@ class Form:
         return cdiv(self.C_in, self.depth)
 
     @property
-    def all_channels(self) -> int:
-        """Rows of a tap in the packed weight."""
-        return cdiv(self.C_out, self.columns) * self.columns
+    def channels(self) -> int:
+        """Of a tile."""
+        return self.columns // self.shared
+
+    @property
+    def tiles_C(self) -> int:
+        return cdiv(self.C_out, self.channels)
+
+    @property
+    def wide(self) -> int:
+        """Phases of a position that a tile has side by side along W."""
+        return self.joined * self.shared
 
 
 def neighbours_of(problem: Problem) -> int:
-    """Groups of 8 columns of which a thread's values lie side by side in channels_last: 16 bytes."""
-    return 8 // problem.dtype.itemsize if problem.out_last else 1
+    """Groups of 8 columns of which a thread's values lie side by side: 16 bytes of channels_last, or shared phases."""
+    return 8 // problem.dtype.itemsize if problem.out_last else max(1, phases_of(problem)[1] // 2)
 
 
 def form_for(problem: Problem, rank: int, cut: Product, present: tuple[bool, bool, bool, bool], program: str) -> Form:
@@ -242,6 +270,7 @@ def form_for(problem: Problem, rank: int, cut: Product, present: tuple[bool, boo
         slots=cut.slots,
         out_last=problem.out_last,
         joined=cut.config.joined,
+        shared=phases_of(problem)[1],
         tf32=problem.tf32,
         neighbours=neighbours_of(problem),
         present=present,

@@ -34,14 +34,14 @@ def _kernel() -> Any:
 
 
 def pack(weight: torch.Tensor, problem: Problem, config: Config) -> torch.Tensor:
-    """[taps * C_out, C_in], both filled up to whole blocks, and rounded where the product is TF32.
+    """[taps / shared * C_out * shared, C_in], both filled up to whole blocks, and rounded where the product is TF32.
 
-    Columns are permuted so that a thread's are neighbours: lane t holds a product's columns 8*i + 2*t and the next.
+    Phases that share a product have taps side by side. Columns are permuted so that a thread's are neighbours: lane t
+    holds a product's columns 8*i + 2*t and the next.
     """
-    neighbours = hopper_blocks.neighbours_of(problem)
-    return packing.pack(
-        weight, 1, Packing(*hopper_blocks.packed_shape(problem, config), True, neighbours, problem.tf32)
-    )
+    C_out, C_in = hopper_blocks.packed_shape(problem, config)
+    neighbours, (_, shared) = hopper_blocks.neighbours_of(problem), hopper_blocks.phases_of(problem)
+    return packing.pack(weight, 1, Packing(C_out, C_in, True, neighbours, problem.tf32, shared))
 
 
 @dataclass(frozen=True)

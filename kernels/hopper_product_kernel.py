@@ -19,11 +19,10 @@ from fusion_backend.kernels.taps import taps_of
 @gluon.jit
 def _tile_of(tile, FORM: gl.constexpr):
     """Its first channel and phase, and the pair of boxes that it covers. Neighbours read the same x."""
-    TILES_C: gl.constexpr = FORM.all_channels // FORM.columns
-    TILES_W: gl.constexpr = FORM.stride[2] // FORM.joined
-    channel_0 = tile % TILES_C * FORM.columns
-    tile = tile // TILES_C
-    phase_w = tile % TILES_W * FORM.joined
+    TILES_W: gl.constexpr = FORM.stride[2] // FORM.wide
+    channel_0 = tile % FORM.tiles_C * FORM.channels
+    tile = tile // FORM.tiles_C
+    phase_w = tile % TILES_W * FORM.wide
     tile = tile // TILES_W
     phase_h = tile % FORM.stride[1]
     tile = tile // FORM.stride[1]
@@ -92,7 +91,7 @@ def _produce(shared, FORM: gl.constexpr):
         corner_0 = _corner_of(2 * pair, boxes, FORM)
         corner_1 = _corner_of(2 * pair + 1, boxes, FORM)
         for joined in gl.static_range(known(FORM.joined)):
-            first_w, offset_w, count_w = _taps_along(phase_w + joined, 2, FORM)
+            first_w, offset_w, count_w = _taps_along(phase_w + joined * FORM.shared, 2, FORM)
             for i_d in range(count_d):
                 for i_h in range(count_h):
                     for i_w in range(count_w):
@@ -100,7 +99,7 @@ def _produce(shared, FORM: gl.constexpr):
                         offset = (offset_d - move_d, offset_h - move_h, offset_w - move_w)
                         tap = (first_d + i_d * FORM.step[0]) * FORM.kernel[1] + first_h + i_h * FORM.step[1]
                         tap = tap * FORM.kernel[2] + first_w + i_w * FORM.step[2]
-                        row = tap * FORM.all_channels + channel_0
+                        row = tap // FORM.shared * (FORM.tiles_C * FORM.columns) + channel_0 * FORM.shared
                         for block in range(known(FORM.blocks)):
                             k_0 = block * FORM.depth
                             mbarrier.wait(empty.index(slot), turn)
@@ -126,7 +125,7 @@ def _along(of_rows, of_channels, FORM: gl.constexpr):
 
 @gluon.jit
 def _in_order(accs, FORM: gl.constexpr):
-    """[rows, columns] or, contiguous, [columns, rows * joined] of the tile, in registers as they lie in memory."""
+    """[rows, columns] or, contiguous, [channels, rows * wide] of the tile, in registers as they lie in memory."""
     ROWS: gl.constexpr = FORM.rows
     COLUMNS: gl.constexpr = FORM.columns
     JOINED: gl.constexpr = FORM.joined
@@ -140,7 +139,11 @@ def _in_order(accs, FORM: gl.constexpr):
             y = gl.join(y, accs[1])
         elif JOINED == 4:
             y = gl.join(gl.join(y, accs[2]), gl.join(accs[1], accs[3]))
-        y = y.reshape([ROWS, COLUMNS, JOINED]).permute([1, 0, 2]).reshape([COLUMNS, ROWS * JOINED])
+        if FORM.shared == 1:
+            y = y.reshape([ROWS, COLUMNS, JOINED]).permute([1, 0, 2])
+        else:
+            y = y.reshape([ROWS, COLUMNS // (8 * NEIGHBOURS), NEIGHBOURS, 4, 2, JOINED]).permute([1, 3, 0, 5, 2, 4])
+        y = y.reshape([FORM.channels, ROWS * FORM.wide])
     return gl.convert_layout(y, product_layout(FORM), assert_trivial=False)
 
 
@@ -152,15 +155,15 @@ def _store(accs, out_ptr, corner, phase, channel_0, sizes, pointers, numbers, FO
     phase_d, phase_h, phase_w = phase
     scale_ptr, shift_ptr, lo_ptr, hi_ptr, vectors_ptr = pointers
     scale, shift, lo, hi = numbers
-    ROWS: gl.constexpr = FORM.rows * FORM.joined
-    COLUMNS: gl.constexpr = FORM.columns
+    ROWS: gl.constexpr = FORM.rows * FORM.wide
+    CHANNELS: gl.constexpr = FORM.channels
     LAYOUT: gl.constexpr = product_layout(FORM)
     y = _in_order(accs, FORM)
 
-    channel = channel_0 + gl.arange(0, COLUMNS, layout=gl.SliceLayout(1 - FORM.out_last, LAYOUT))
+    channel = channel_0 + gl.arange(0, CHANNELS, layout=gl.SliceLayout(1 - FORM.out_last, LAYOUT))
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(FORM.out_last, LAYOUT))
     within = channel
-    if FORM.C_out % FORM.columns != 0:
+    if FORM.C_out % FORM.channels != 0:
         within = gl.minimum(channel, FORM.C_out - 1)
     _, within = _along(row, within, FORM)
     a = load_coefficient(scale_ptr, scale, within, None, None)
@@ -175,9 +178,9 @@ def _store(accs, out_ptr, corner, phase, channel_0, sizes, pointers, numbers, FO
     O_H = H * FORM.stride[1] + (FORM.growth[1] - FORM.stride[1])
     O_W = W * FORM.stride[2] + (FORM.growth[2] - FORM.stride[2])
     plane = O_D * O_H * O_W
-    joined = row % FORM.joined
-    row = row // FORM.joined
-    o_w = (w + row % FORM.box[3]) * FORM.stride[2] + (phase_w + joined)
+    beside = row % FORM.wide
+    row = row // FORM.wide
+    o_w = (w + row % FORM.box[3]) * FORM.stride[2] + (phase_w + beside)
     row = row // FORM.box[3]
     o_h = (h + row % FORM.box[2]) * FORM.stride[1] + phase_h
     row = row // FORM.box[2]
@@ -192,7 +195,7 @@ def _store(accs, out_ptr, corner, phase, channel_0, sizes, pointers, numbers, FO
     y = y.to(out_ptr.dtype.element_ty)
     exists = (n + image < N) & (o_d < O_D) & (o_h < O_H) & (o_w < O_W)
     exists, named = _along(exists, channel < FORM.C_out, FORM)
-    if FORM.C_out % FORM.columns != 0:
+    if FORM.C_out % FORM.channels != 0:
         gl.store(y_ptr, y, mask=exists & named)
     elif not FORM.whole:
         gl.store(y_ptr, y, mask=exists)
@@ -252,7 +255,7 @@ def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
         phase_d, phase_h, phase_w = phase
         accs = ()
         for joined in gl.static_range(known(FORM.joined)):
-            steps = _steps_of((phase_d, phase_h, phase_w + joined), FORM)
+            steps = _steps_of((phase_d, phase_h, phase_w + joined * FORM.shared), FORM)
             acc, slot, turn = _multiply(xs, ws, full, empty, slot, turn, steps, INDEX, FORM)
             accs = append(accs, acc)
         corner = _corner_of(2 * pair + INDEX, boxes, FORM)
@@ -284,7 +287,7 @@ def hopper_product_kernel(
     X_LAYOUT: gl.constexpr,
     FORM: gl.constexpr,
 ):
-    """``total`` tiles of pairs of boxes, times phases, times FORM.columns channels.
+    """``total`` tiles of pairs of boxes, times phases, times FORM.channels channels.
 
     x is channels_last, and ``weight`` what ``pack`` returns, as the copy engine takes them.
     """

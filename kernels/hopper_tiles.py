@@ -83,7 +83,7 @@ def loads_of_row(form):
 def product_layout(form):
     """A tile of the product as it is in registers, a thread's neighbours in memory first.
 
-    [rows, columns] for channels_last, with columns permuted by ``pack``; else [columns, rows * joined].
+    [rows, columns] for channels_last, with columns permuted by ``pack``; else [channels, rows * wide].
     """
     if form.out_last:
         wide = 2 * form.neighbours
@@ -93,12 +93,12 @@ def product_layout(form):
         lanes = [[0, wide], [0, 2 * wide]] + [[r, 0] for r in _powers(8, 1)]
         warps, shape = [[16, 0], [32, 0]], [form.rows, form.columns]
     else:
-        joined = form.joined
-        registers = [[0, r] for r in _powers(joined, 1)] + [[1, 0], [0, 8 * joined]]
-        registers += [[c, 0] for c in _powers(form.columns // 8, 8)]
-        registers += [[0, r] for r in _powers(form.rows // 64, 64 * joined)]
-        lanes = [[2, 0], [4, 0]] + [[0, r] for r in _powers(8, joined)]
-        warps, shape = [[0, 16 * joined], [0, 32 * joined]], [form.columns, form.rows * joined]
+        wide, pair = form.wide, 2 if form.shared == 1 else 1  # a thread's channels side by side
+        registers = [[0, r] for r in _powers(wide, 1)] + [[c, 0] for c in _powers(pair, 1)] + [[0, 8 * wide]]
+        registers += [[c, 0] for c in _powers(form.channels // (4 * pair), 4 * pair)]
+        registers += [[0, r] for r in _powers(form.rows // 64, 64 * wide)]
+        lanes = [[pair, 0], [2 * pair, 0]] + [[0, r] for r in _powers(8, wide)]
+        warps, shape = [[0, 16 * wide], [0, 32 * wide]], [form.channels, form.rows * wide]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], shape)
 
 

@@ -32,8 +32,9 @@ MOST_GROUPS = 2**16 - 1  # along the last dimension of a grid
 class Packing:
     """Of a group: rows for ``C_out`` channels of ``depth`` numbers each, whatever the weight has.
 
-    ``by_tap``: rows are ordered [taps, C_out], else [C_out, taps]. ``neighbours``: of 8 * ``neighbours`` channels, the
-    one that is [4, ``neighbours``, 2] comes at [``neighbours``, 4, 2]. ``rounded``: to TF32.
+    ``by_tap``: rows are ordered [taps, C_out], else [C_out, taps]; or [taps / ``shared``, C_out, ``shared``].
+    ``neighbours``: of 8 * ``neighbours`` rows of a tap, or of shared ones, the one that is [4, ``neighbours``, 2] comes
+    at [``neighbours``, 4, 2]. ``rounded``: to TF32.
     """
 
     C_out: int
@@ -41,6 +42,7 @@ class Packing:
     by_tap: bool
     neighbours: int = 1
     rounded: bool = False
+    shared: int = 1  # divides the kernel's last dimension
 
 
 def pack(weight: torch.Tensor, groups: int, packing: Packing) -> torch.Tensor:
@@ -66,6 +68,7 @@ def pack(weight: torch.Tensor, groups: int, packing: Packing) -> torch.Tensor:
         BY_TAP=packing.by_tap,
         NEIGHBOURS=packing.neighbours,
         TF32=packing.rounded,
+        SHARED=packing.shared,
         BLOCK=BLOCK,
         num_warps=4,
     )
@@ -73,15 +76,16 @@ def pack(weight: torch.Tensor, groups: int, packing: Packing) -> torch.Tensor:
 
 
 def _spelt_out(weight: torch.Tensor, groups: int, packing: Packing) -> torch.Tensor:
-    C_out = weight.shape[1]
+    C_out, shared = weight.shape[1], packing.shared
     if packing.by_tap:
-        packed = weight.reshape(groups, -1, C_out, math.prod(weight.shape[2:])).permute(0, 3, 2, 1)
+        taps = math.prod(weight.shape[2:])
+        packed = weight.reshape(groups, -1, C_out, taps // shared, shared).permute(0, 3, 2, 4, 1).flatten(2, 3)
     else:  # as one transposition
         packed = weight.reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
     packed = packed.clone(memory_format=torch.contiguous_format)
     if packing.rounded:
         packed = round_to_tf32(packed)
-    missing = (packing.depth - packed.shape[-1], packing.C_out - C_out)
+    missing = (packing.depth - packed.shape[-1], (packing.C_out - C_out) * shared)
     if any(missing):
         packed = F.pad(packed, (0, missing[0], 0, missing[1] if packing.by_tap else 0))
     if packing.neighbours > 1:
@@ -102,6 +106,7 @@ def _pack_kernel(
     BY_TAP: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
     TF32: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """BLOCK rows times BLOCK input channels of a group, read in the weight's order and written in the rows'."""
@@ -120,11 +125,13 @@ def _pack_kernel(
     values = tl.load(weight_ptr + line[:, None] + source[None, :], mask=(k < C_in)[:, None] & there[None, :], other=0.0)
     if TF32:
         values = rounded_to_tf32(values)
+    exists = (channel < channels) & (tap < taps)
+    channel = channel * SHARED + tap % SHARED
+    tap = tap // SHARED
     if NEIGHBOURS > 1:
         block, rest = channel // (8 * NEIGHBOURS), channel % (8 * NEIGHBOURS)
         lane, neighbour = rest // (2 * NEIGHBOURS), rest // 2 % NEIGHBOURS
         channel = ((block * NEIGHBOURS + neighbour) * 4 + lane) * 2 + rest % 2
     row = group * channels * taps
-    row += tap * channels + channel if BY_TAP else channel * taps + tap
-    mask = (k < depth)[:, None] & ((channel < channels) & (tap < taps))[None, :]
-    tl.store(packed_ptr + row[None, :] * depth + k[:, None], values, mask=mask)
+    row += tap * (channels * SHARED) + channel if BY_TAP else channel * taps + tap
+    tl.store(packed_ptr + row[None, :] * depth + k[:, None], values, mask=(k < depth)[:, None] & exists[None, :])

@@ -56,8 +56,8 @@ def wrong(binary: Compiled, form: Form) -> Iterator[str]:
     expected = form.slots * (CONSUMERS * form.rows + form.columns) * DEPTH_BYTES + BARRIERS
     if binary.shared > min(expected, CHIP.shared_limit):
         yield f"{binary.shared} bytes of shared memory: {expected} are expected"
-    # Neighbours in a thread: 16 bytes of channels_last, and else the joined phases of a pixel.
-    wide = 128 if form.out_last else form.joined * 8 * itemsize
+    # Neighbours in a thread: 16 bytes of channels_last, and else the phases of a pixel.
+    wide = 128 if form.out_last else min(form.wide * 8 * itemsize, 128)
     if set(binary.stores) != {wide}:
         yield f"stores {dict(binary.stores)}, not of {wide} bits"
     if binary.spills:
@@ -84,10 +84,10 @@ def wrong(binary: Compiled, form: Form) -> Iterator[str]:
 
 DTYPES = (torch.float32, torch.bfloat16)
 DCGAN, HIFIGAN = PUBLIC["dcgan_64"], PUBLIC["hifigan_up1"]
-K8S4 = Conv((4, 128, 16, 64), 128, (8,), (4,), (2,))
+K6S4 = Conv((4, 128, 16, 64), 128, (6,), (4,), (1,))  # no two phases share their inputs
 USES = [(DCGAN, dtype, config) for dtype in DTYPES for config in CONFIGS if config.columns < 256 and config.joined < 4]
 USES += [(HIFIGAN, dtype, config) for dtype in DTYPES for config in CONFIGS if config.columns == 256]
-USES += [(K8S4, dtype, config) for dtype in DTYPES for config in CONFIGS if config.joined == 4]
+USES += [(K6S4, dtype, config) for dtype in DTYPES for config in CONFIGS if config.joined == 4]
 USES += [(Conv((4, 64, 16, 16, 16), 128, (3,), (2,), (1,), (1,)), torch.bfloat16, CONFIGS[0])]
 
 
@@ -96,6 +96,23 @@ def test_every_configuration(conv: Conv, dtype: torch.dtype, config: Config) -> 
     problem = problem_of(conv, dtype, True, config.joined == 1)
     assert why_not(problem) is None and config in configs_for(problem)
     assert not list(wrong(*compiled(conv, problem, config)))
+
+
+# Kernel, stride and padding of a contiguous result; phases that share a product, and products that are joined.
+SHARED = {(2, 2, 0): (2, 1), (4, 4, 0): (4, 1), (8, 8, 0): (8, 1), (8, 4, 2): (2, 2), (16, 8, 4): (4, 2)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SHARED, ids=str)
+def test_phases_that_share_a_product(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    kernel, stride, padding = sizes
+    conv = Conv((4, 128, 256), 128, (kernel,), (stride,), (padding,))
+    problem = problem_of(conv, dtype, True, False)
+    assert configs_for(problem)
+    for config in configs_for(problem):
+        binary, form = compiled(conv, problem, config)
+        assert (form.shared, form.joined) == SHARED[sizes]
+        assert not list(wrong(binary, form))
 
 
 def test_no_configuration_is_left_out() -> None:

@@ -95,8 +95,14 @@ KINDS = {
     "k3s2_3d": Conv((2, 64, 3, 4, 5), 64, (3,), (2,), (1,), (1,)),
     "flat_3d": Conv((1, 64, 2, 3, 9), 264, (1, 3, 3), (1, 2, 2), (0, 1, 1)),
     "k8s4_1d": Conv((3, 64, 70), 72, (8,), (4,), (2,)),
+    "k4s4": Conv(
+        (2, 64, 5, 7), 40, (4,), (4,), (0,), (1,)
+    ),  # phases that share all inputs, and rows that end in a pixel
+    "k8s8_1d": Conv((3, 96, 37), 40, (8,), (8,)),
+    "k5s4_1d": Conv((2, 64, 37), 40, (5,), (4,), (1,)),  # ... and that share none
+    "k4s8": Conv((2, 64, 3, 37), 40, (2, 4), (2, 8), (0, 4)),  # without a tap for half of them
 }
-IN_ROWS = [name for name, conv in KINDS.items() if conv.axes[-1].stride in (2, 4)]  # a contiguous result, in one pass
+IN_ROWS = [name for name in KINDS if name not in ("k3s1", "k1s3", "k5s3_1d")]  # a contiguous result, in one pass
 TO = [(name, True) for name in KINDS] + [(name, False) for name in IN_ROWS]
 
 
@@ -214,7 +220,7 @@ REASONS = [
     (
         replace(DCGAN, stride=(3,)),
         {"out_last": False},
-        "3 phases of a row are none that a contiguous result has in a tile",
+        "3 phases of a row, 1 of the same inputs, are none that a tile has",
     ),
     (DCGAN, {"tensors": 1}, "a program reads a tensor of the result's shape"),
     (DCGAN, {"prologue": True}, "something is done to x first, and the copy engine brings it as it is"),

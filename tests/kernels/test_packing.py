@@ -38,6 +38,8 @@ USES = {
     "march, volume": ((3, 16, 2, 3, 4), 1, Packing(16, 16, True)),
     "hopper, float32": ((20, 24, 3, 3), 1, Packing(32, 32, True, 2)),
     "hopper, 16 bits": ((64, 64, 2, 2), 1, Packing(64, 64, True, 4)),
+    "shared": ((20, 24, 3, 4), 1, Packing(32, 32, True, 1, False, 2)),
+    "shared, by neighbours": ((20, 24, 16), 1, Packing(32, 32, True, 4, False, 8)),
 }
 
 
@@ -54,7 +56,7 @@ def test_every_row_is_where_it_belongs(run: Run, name: str, last: bool) -> None:
     C_out = shape[1]
     rows = packed.view(groups, *((-1, how.C_out) if how.by_tap else (how.C_out, -1)), how.depth)
     rows = rows if how.by_tap else rows.transpose(1, 2)
-    if how.neighbours == 1:
+    if how.neighbours == how.shared == 1:
         assert rows[-1, 1, C_out - 1, 0] == weight[-shape[0] // groups, C_out - 1].flatten()[1]
         assert rows[:, :, C_out:].count_nonzero() == rows[..., shape[0] // groups :].count_nonzero() == 0
 
