@@ -10,15 +10,43 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction
 
-from fusion_backend.kernels.blocks import choose_config, tiles_for
+from fusion_backend.kernels.blocks import Tiles, choose_config, tiles_for
 from fusion_backend.kernels.coefficients import coefficients_for, load_coefficient
 from fusion_backend.kernels.gate import in_channels_last_order
 from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.program import load_vectors, run_back
 from fusion_backend.kernels.rounding import cdiv
+
+
+@triton.jit
+def _passing(
+    bits_ptr, image, first, pixel, inside, C, S, BITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """The bits of a tile: of channels from ``first`` on, times pixels.
+
+    BITS: "channels" or "pixels", of which there are 8 to a byte, all in one tile: a byte is read once then. Else the
+    order, "last" or "contiguous", in which a byte is read for each element.
+    """
+    if BITS == "channels":
+        unit = first // 8 + tl.arange(0, BLOCK_C // 8)[:, None]
+        exists = (unit < C // 8) & (pixel < S)
+        byte = tl.load(bits_ptr + (image * S + pixel) * (C // 8) + unit, mask=exists, other=0).to(tl.int32)
+        bit = tl.reshape(byte[:, None, :] >> tl.arange(0, 8)[None, :, None], (BLOCK_C, BLOCK_S))
+    elif BITS == "pixels":
+        channel = first + tl.arange(0, BLOCK_C)[:, None]
+        unit = tl.min(tl.reshape(pixel, (BLOCK_S // 8, 8)), 1)[None, :] // 8
+        exists = (channel < C) & (unit < S // 8)
+        byte = tl.load(bits_ptr + (image * C + channel) * (S // 8) + unit, mask=exists, other=0).to(tl.int32)
+        bit = tl.reshape(byte[:, :, None] >> tl.arange(0, 8)[None, None, :], (BLOCK_C, BLOCK_S))
+    else:
+        channel = first + tl.arange(0, BLOCK_C)[:, None]
+        at = (image * S + pixel) * C + channel if BITS == "last" else (image * C + channel) * S + pixel
+        bit = tl.load(bits_ptr + (at >> 3), mask=inside, other=0).to(tl.int32) >> (at & 7).to(tl.int32)
+    return bit & 1 != 0
 
 
 @triton.jit
@@ -37,7 +65,7 @@ def _turned_backward_kernel(
     scale,
     HAS_SCALE: tl.constexpr,
     PROGRAM: tl.constexpr,
-    BITS_LAST: tl.constexpr,
+    BITS: tl.constexpr,
     C_UNIT: tl.constexpr,
     S_UNIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -51,7 +79,8 @@ def _turned_backward_kernel(
     blocks_s = tl.cdiv(S, BLOCK_S)
     strip = tl.program_id(0) // blocks_c
     image = strip // blocks_s
-    channel = (tl.program_id(0) % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = (tl.program_id(0) % blocks_c) * BLOCK_C
+    channel = first + tl.arange(0, BLOCK_C)
     pixel = (strip % blocks_s) * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
     inside = (channel < C)[:, None] & (pixel < S)
 
@@ -68,9 +97,7 @@ def _turned_backward_kernel(
         grad_x = g * load_coefficient(scale_ptr, scale, known, None, None)
     passing = inside
     if bits_ptr is not None:
-        bit = by_pixel if BITS_LAST else by_channel
-        byte = tl.load(bits_ptr + (bit >> 3), mask=inside, other=0).to(tl.int32)
-        passing = (byte >> (bit & 7).to(tl.int32)) & 1 != 0
+        passing = inside & _passing(bits_ptr, image, first, pixel, inside, C, S, BITS, BLOCK_C, BLOCK_S)
         grad_x = tl.where(passing, grad_x, 0.0)
     tl.store(grad_x_ptr + by_pixel, grad_x.to(grad.dtype), mask=inside)
 
@@ -79,6 +106,14 @@ def _turned_backward_kernel(
         tl.store(passed_ptr + sums, tl.sum(tl.where(passing, g, 0.0), 1), mask=channel < C)
     if blocked_ptr is not None:
         tl.store(blocked_ptr + sums, tl.sum(tl.where(passing, 0.0, g), 1), mask=channel < C)
+
+
+def _order(bits: torch.Tensor, C: int, S: int, tiles: Tiles) -> str:
+    """As the kernel reads them."""
+    last = in_channels_last_order(bits, False)
+    if guard_or_false((C if last else S) % 8 == 0) and (tiles.block_c if last else tiles.block_s) % 8 == 0:
+        return "channels" if last else "pixels"
+    return "last" if last else "contiguous"
 
 
 def launch_turned(
@@ -123,7 +158,7 @@ def launch_turned(
         given.numbers[0],
         HAS_SCALE=given.present[0],
         PROGRAM=program,
-        BITS_LAST=bits is not None and in_channels_last_order(bits, False),
+        BITS="" if bits is None else _order(bits, C, S, tiles),
         C_UNIT=tiles.c_unit,
         S_UNIT=tiles.s_unit,
         BLOCK_C=tiles.block_c,
