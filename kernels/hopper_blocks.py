@@ -16,6 +16,9 @@ CONSUMERS = 2  # warp groups of a program, each with rows of its own
 
 DEPTH_BYTES = 128  # of a row of x or of the weight in a step: what the copy engine swizzles
 
+# Positions of a contiguous result's row that a tile has at least: single ones are written at a tenth of the speed.
+LEAST_ROW = 16
+
 # Of 240 registers a thread of a consumer.
 MOST_ACCUMULATORS = 128
 
@@ -147,7 +150,7 @@ def product_for(problem: Problem, shape: Sequence[int], config: Config, processo
     """For an x of ``shape``. A program walks over as many tiles as there are for each multiprocessor."""
     outputs = _outputs(problem, shape)
     spans = (shape[0], *(cdiv(size, axis.stride) for size, axis in zip(outputs, problem.axes, strict=True)))
-    box = _box(spans, config.rows)
+    box = _box(spans, config.rows, 1 if problem.out_last else LEAST_ROW)
     boxes = tuple(cdiv(span, edge) for span, edge in zip(spans, box, strict=True))
     strides = (1, *(axis.stride for axis in problem.axes))
     whole = (
@@ -161,10 +164,14 @@ def product_for(problem: Problem, shape: Sequence[int], config: Config, processo
     return Product(config, box, boxes, whole, slots, total, min(total, processors))  # type: ignore[arg-type]
 
 
-def _box(spans: tuple[int, ...], rows: int) -> tuple[int, int, int, int]:
-    """Powers of two whose product is ``rows``: as few boxes as can be, and long rows before tall boxes."""
+def _box(spans: tuple[int, ...], rows: int, least_row: int) -> tuple[int, int, int, int]:
+    """Powers of two whose product is ``rows``: as few boxes as can be, and long rows before tall boxes.
+
+    None is shorter than ``least_row``, unless all are.
+    """
     powers = [1 << bit for bit in range(rows.bit_length())]
     edges = [[power for power in powers if power < 2 * span] for span in spans[1:]]
+    edges[2] = [power for power in edges[2] if power >= least_row] or edges[2][-1:]
     boxes = ((rows // (d * h * w), d, h, w) for d, h, w in product(*edges) if d * h * w <= rows)
     return min(
         boxes,

@@ -260,6 +260,14 @@ def test_boxes_cover_every_position_and_no_box_is_empty(name: str, config: Confi
         assert (boxes - 1) * edge < span <= boxes * edge
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_rows_of_a_contiguous_result_stay_long(last: bool) -> None:
+    """65 positions make two boxes of 64; single positions of 64 images would be fewer boxes."""
+    conv = Conv((128, 64, 64, 64), 128, (4,), (2,), (0,))
+    cut = product_for(problem_of(conv, torch.bfloat16, True, last), conv.x, SMALLEST, PROCESSORS)
+    assert cut.box == ((64, 1, 1, 1) if last else (4, 1, 1, 16))
+
+
 def test_plans_turn_what_is_not_channels_last() -> None:
     for x_last in (False, True):
         for out_last in (False, True):
