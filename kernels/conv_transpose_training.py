@@ -25,11 +25,13 @@ bits. The gradient of u is another program (see ``program_backward``), of g and 
 From the gradient of u on it is as above, but that a is multiplied into w, where it is not one (``program_training``).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import triton_op
 
 from fusion_backend.kernels import conv_transpose, epilogue
@@ -50,6 +52,10 @@ from fusion_backend.kernels.program import NO_PROGRAM, Program, check_program
 from fusion_backend.kernels.program_backward import of_result
 from fusion_backend.kernels.program_training import backward, forward, takes
 from fusion_backend.kernels.support import DTYPES
+
+# Of a large batch, in the backward: so that each part keeps a GPU busy, in bytes of the gradient.
+PARTS = 4
+LEAST_PART = 2**28
 
 
 def _forward(
@@ -218,37 +224,44 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
     by = (ctx.scale_number if scale is None else scale) if without else 1.0
     scaled = not (isinstance(by, float) and by == 1.0)
     turned = _is_faster_turned(x, weight, groups) and not ctx.channels_last
-    grad_vectors: torch.Tensor | None = None
-    grad_tensor: torch.Tensor | None = None
-    passed: torch.Tensor | None
-    blocked: torch.Tensor | None = None
-    if ctx.program:
-        grad_conv, passed, grad_vectors, grad_tensor = backward(ctx, grad, turned, needs_shift, *needs[24:26])
-        grad_conv = _turned(grad_conv, True) if turned else grad_conv
-    elif bits is None and factor is None and number == 1.0:
-        grad_conv = _turned(grad, True) if turned else grad
-        passed = grad.sum((0, *range(2, grad.dim())), dtype=_compute(grad))
-        blocked = torch.zeros_like(passed)
-    else:
-        sums = (needs_shift, needs_lo or needs_hi)
-        to_last = True if turned else None
-        grad_conv, passed, blocked = epilogue_backward(grad, bits, factor, number, ctx.channels_last, *sums, to_last)
-
     wanted = [needs_x, needs_weight or needs_scale, bias is not None and (needs_bias or needs_scale)]
-    grad_x: Any = None
-    grad_weight: Any = None
-    grad_bias: Any = None
-    grad_scale = None
-    if any(wanted):
-        used = _by_channel(weight, by, groups) if scaled else weight
-        sizes = (stride, padding, dilation, True, output_padding, groups)
-        lengths = None if bias is None else bias.shape
+    used = _by_channel(weight, by, groups) if scaled else weight
+    sizes = (stride, padding, dilation, True, output_padding, groups)
+    lengths = None if bias is None else bias.shape
+
+    def of_convolution(x: torch.Tensor, grad_conv: torch.Tensor) -> tuple[Any, Any, Any]:
+        """Gradients of x, weight and bias."""
+        if not any(wanted):
+            return None, None, None
         of_x = _turned(x, True, grad_conv) if turned else x
         gradients = torch.ops.aten.convolution_backward(grad_conv, of_x, used, lengths, *sizes, wanted)
         grad_x, grad_weight, grad_bias = gradients
         if turned:
             grad_x = _turned(grad_x, False) if wanted[0] else None
             grad_weight = grad_weight.contiguous() if wanted[1] else None
+        return grad_x, grad_weight, grad_bias
+
+    grad_vectors: torch.Tensor | None = None
+    grad_tensor: torch.Tensor | None = None
+    passed: torch.Tensor | None
+    blocked: torch.Tensor | None = None
+    grad_scale = None
+    if ctx.program:
+        grad_conv, passed, grad_vectors, grad_tensor = backward(ctx, grad, turned, needs_shift, *needs[24:26])
+        grad_x, grad_weight, grad_bias = of_convolution(x, _turned(grad_conv, True) if turned else grad_conv)
+    elif bits is None and factor is None and number == 1.0:
+        passed = grad.sum((0, *range(2, grad.dim())), dtype=_compute(grad))
+        blocked = torch.zeros_like(passed)
+        grad_x, grad_weight, grad_bias = of_convolution(x, _turned(grad, True) if turned else grad)
+    else:
+        of_sums = (factor, number, ctx.channels_last, needs_shift, needs_lo or needs_hi, True if turned else None)
+        found: list[tuple[Any, ...]] = []
+        for part_x, part_grad, part_bits in _parts(x, grad, bits):
+            grad_conv, passed, blocked = epilogue_backward(part_grad, part_bits, *of_sums)
+            found.append((*of_convolution(part_x, grad_conv), passed, blocked))
+        grads_x, *others = zip(*found, strict=True)
+        grad_x = _together(torch.cat, grads_x)
+        grad_weight, grad_bias, passed, blocked = (_together(_sum, parts) for parts in others)
     if needs_scale:
         product = (weight.to(scale.dtype) * grad_weight.to(scale.dtype)).unflatten(0, (groups, -1))
         grad_scale = product.sum((1, *range(3, product.dim()))).flatten()
@@ -264,6 +277,29 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[Any, ...]:
         grad_scale, passed if needs_shift else None, blocked if needs_lo else None, blocked if needs_hi else None,
         *(None,) * 12, grad_vectors, grad_tensor, None,
     )  # fmt: skip
+
+
+def _parts(
+    x: torch.Tensor, grad: torch.Tensor, bits: torch.Tensor | None
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """The batch, where it is large in ``PARTS`` parts: the gradient of the convolution is there for one at a time."""
+    N = grad.shape[0]
+    large = guard_or_false(grad.numel() * grad.dtype.itemsize >= PARTS * LEAST_PART)
+    if bits is None or not large or not epilogue.runs_kernel(grad) or not guard_or_false(N % PARTS == 0):
+        return [(x, grad, bits)]
+    if grad.numel() % (8 * PARTS):
+        return [(x, grad, bits)]
+    return list(zip(x.chunk(PARTS), grad.chunk(PARTS), bits.chunk(PARTS, -1), strict=True))
+
+
+def _together(put: Any, parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    return parts[0] if len(parts) == 1 or parts[0] is None else put(parts)
+
+
+def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """In float32 at least, in the order that they have; rounded once."""
+    compute = _compute(parts[0])
+    return functools.reduce(torch.add, (part.to(compute) for part in parts)).to(parts[0].dtype)
 
 
 def _compute(x: torch.Tensor) -> torch.dtype:

@@ -315,6 +315,42 @@ def test_the_bits_of_odd_rows_are_written_before_the_result_is_turned(name: str,
         assert torch.equal(ours, true.to(ours.dtype))
 
 
+# As above; whether the result is channels_last, and whether all gradients are asked for.
+IN_PARTS = {
+    "contiguous": (((8, 16, 3, 4), 16, 3, 2, 1, 1, 1, 1), False, True),
+    "channels_last": (((8, 16, 3, 4), 16, 3, 2, 1, 1, 1, 1), True, True),
+    "3d, odd rows": (((4, 16, 2, 3, 4), 16, 3, 2, 1, 0, 1, 1), False, True),
+    "groups": (((8, 8, 5), 8, 4, 2, 1, 0, 1, 2), False, True),
+    "of x alone": (((8, 16, 3, 4), 16, 3, 2, 1, 1, 1, 1), True, False),
+}
+
+
+@pytest.mark.usefixtures("in_the_interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_a_large_batch_goes_back_in_parts(name: str, dtype: torch.dtype) -> None:
+    """On whole numbers, so that the order of sums is of no account: every gradient is that of float64."""
+    convolution, last, everything = IN_PARTS[name]
+    x, weight, sizes = setting(convolution, "cpu", torch.float32, last)
+    x, weight = (t.detach().clamp(-2, 2).round().to(dtype).requires_grad_(t is x or everything) for t in (x, weight))
+    shift = torch.arange(convolution[1]).remainder(5).sub(2).float().requires_grad_(everything)
+    of = [each for each in (x, weight, shift) if each.requires_grad]
+    kwargs = {"lo_number": -1.0, "hi_number": 3.0, "passes_nan": False, "fused": True, "channels_last": last}
+    y, _ = torch.ops.fused_post.conv_transpose_training(x, weight, None, *sizes, shift=shift, **kwargs)
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in (x, weight, shift)]
+    z = eager(*exact[:2], sizes, {"shift": exact[2]}).clamp(-1, 3)
+    grad = torch.randint(-2, 3, y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    grad = grad.movedim(1, -1).contiguous().movedim(-1, 1) if last else grad
+    masked = mock.patch.object(kernels, "epilogue_backward", side_effect=epilogue_backward.epilogue_backward)
+    with masked as launches, mock.patch.object(kernels, "LEAST_PART", 1):
+        result = torch.autograd.grad(y, of, grad)
+    assert [call.args[0].shape[0] for call in launches.call_args_list] == [x.shape[0] // kernels.PARTS] * kernels.PARTS
+    expected = torch.autograd.grad(z, [each for each in exact if each.requires_grad], grad.double())
+    for ours, true in zip(result, expected, strict=True):
+        assert torch.equal(ours, true.to(ours.dtype)) and ours.shape == true.shape
+    assert (result[0].movedim(1, -1) if last else result[0]).is_contiguous()
+
+
 @every_device
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_opcheck(channels_last: bool, device: str) -> None:
@@ -346,6 +382,7 @@ def test_opcheck(channels_last: bool, device: str) -> None:
 def test_a_gpu_gets_one_kernel_forward_and_one_backward(channels_last: bool, fused: bool, program: str) -> None:
     """Without the march on Hopper, beside PyTorch's convolutions, at the seed's shape; a contiguous x is turned.
 
+    Bits are read in parts of the batch, which is large there.
     Behind a silu the fused kernel is the backward's, too, and what it writes is turned behind it.
     """
 
@@ -377,9 +414,10 @@ def test_a_gpu_gets_one_kernel_forward_and_one_backward(channels_last: bool, fus
     backward = ["_backward_kernel"] if channels_last else ["_transpose_kernel", "_turned_backward_kernel"]
     if program == "silu v0" and fused:
         backward = ["_row_march_kernel"] if channels_last else ["_row_march_kernel", *["_transpose_kernel"] * 2]
-    expected = ["_row_march_kernel" if fused else "_flat_kernel", *backward]
+    parts = 1 if program else kernels.PARTS
+    expected = ["_row_march_kernel" if fused else "_flat_kernel", *backward * parts]
     # The gradient for a turned x comes channels_last from cuDNN, and from the fake convolution of torch 2.11 alone.
-    back = [] if channels_last else ["_transpose_kernel"]
+    back = [] if channels_last else ["_transpose_kernel"] * parts
     assert names in (sorted(expected), sorted([*expected, *back]))
 
 
