@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import re
@@ -126,7 +127,7 @@ def counters() -> str:
     """Of the kernel alone, in percent of what the GPU sustains."""
     lines = [
         [*title(row), row["plan"], *(f"{row['counters'][name]:.0f}" for name in SHOWN.values())]
-        for row in load("counters_nvidia-h200.json")
+        for row in load("counters_nvidia-h200-product.json") + load("counters_nvidia-h200.json")
     ]
     return table(f"| case | dtype, layout | plan | {' | '.join(SHOWN)} |", lines)
 
@@ -136,10 +137,10 @@ def mebibytes(size: int) -> str:
     return f"{size / 2**20:.{int(0 < size < 10 * 2**20)}f}"
 
 
-def training(name: str = "training_nvidia-h200.json") -> str:
+def training(*names: str) -> str:
     """Milliseconds of a forward and a backward, and MiB kept; the peer is the faster of Inductor's two modes."""
     lines = []
-    for row in load(name):
+    for row in itertools.chain.from_iterable(map(load, names)):
         columns = row["contenders"]
         peer = min((name for name in PEERS if "ms" in columns[name]), key=lambda name: columns[name]["ms"])
         fused, epilogue = columns["fused_post fused"], columns["fused_post epilogue"]
@@ -181,9 +182,11 @@ def whole(name: str) -> str:
 # Each stands between two marks of its name.
 TABLES = {
     "inference": inference,
-    "training": training,
+    "training": functools.partial(training, "training_nvidia-h200.json"),
     "steps": functools.partial(training, "training_nvidia-h200-sweep.json"),
-    "programs": functools.partial(training, "training_nvidia-h200-programs.json"),
+    "programs": functools.partial(
+        training, "training_nvidia-h200-programs.json", "training_nvidia-h200-programs-unet.json"
+    ),
     "growth": growth,
     "memory": memory,
     "counters": counters,
