@@ -100,7 +100,7 @@ def saves_a_pass(site: Site) -> bool:
     """
     if not site.tail and site.convolution.bias is None:
         return False
-    inside = {site.convolution.node, *site.tail}
+    inside = {site.convolution.node, *site.replaced}
     loads = site.convolution.bias is not None
     return not any(_is_pass(user, loads) for name in site.aliases for user in name.users if user not in inside)
 

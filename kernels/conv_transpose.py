@@ -712,7 +712,7 @@ def run(
     if plan is None:
         values = references(x, weight, axes, groups, *coefficients.values, program=program, prologue=prologue)
         out.copy_(values[-1])
-        if kept is not None:
+        if kept is not None and program.kept is not None:
             kept.copy_(values[program.kept])
     else:
         packed = pack_for(plan, weight, problem)

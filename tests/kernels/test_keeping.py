@@ -82,7 +82,9 @@ def check(run: Kernel, conv: Conv, name: str, dtype: torch.dtype, last: bool, de
     given = program_for(text, conv.y, x, last)
     program = Program(given.text, given.vectors, given.tensors, kept)
     found = run(x, weight, conv, (scale, shift), program, last)
-    exact = tf32(x, weight, conv) if device == "cuda" else reference(x.double(), weight.double(), conv.axes, conv.groups)
+    exact = (
+        tf32(x, weight, conv) if device == "cuda" else reference(x.double(), weight.double(), conv.axes, conv.groups)
+    )
     spread = (-1, *(1,) * conv.rank)
     z = exact * scale.double().view(spread) + shift.double().view(spread)
     values = reference_values(z, program)
