@@ -31,7 +31,7 @@ from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import needs_gradient, value_of
 from fusion_backend.program_text import rereads, trained, written
-from fusion_backend.surroundings import Surroundings, is_stored, saves_a_pass
+from fusion_backend.surroundings import Surroundings, is_read_from_memory, is_stored, saves_a_pass
 
 UNKNOWN_LAYOUT = "which layout Inductor gives the convolutions beside it cannot be told"
 RELAID_IN_TRAINING = (
@@ -104,12 +104,12 @@ def choose(site: Site, options: Options, around: Surroundings = ALONE) -> Choice
 def _keeps(site: Site, options: Options) -> bool:
     """Whether one kernel that stores two values is faster than one that stores the first and a pass behind it.
 
-    As it is measured, or else where the result is read from memory: the pass would read the first once more.
+    As it is measured, or else where the result is read from memory: a pass that writes it would read the first again.
     """
     if site.keeping is None:
         return False
     both = replace(site, program=site.keeping)
-    if not saves_a_pass(both.whole):
+    if not is_read_from_memory(both.whole):
         return False
     alone, together = (measured_plan(each, options) for each in (site, both))
     if isinstance(alone, str):
