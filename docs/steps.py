@@ -42,7 +42,11 @@ VALUES = """
 ## Two values of the tail
 
 A value may be read more than once, as in `x * sigmoid(x)`, if all its readers belong to the tail: `add`, `sub`, `rsub`
-(with a constant `alpha`), `mul`, `div`, `minimum` and `maximum` of two such values are steps. `detach()`, `clone()` and
+(with a constant `alpha`), `mul`, `div`, `minimum` and `maximum` of two such values are steps. In inference one value in
+front of the result may have other readers as well, or be returned, as the up-convolution's output of a HiFi-GAN: the
+fused kernel then stores both. Where it cannot, and in training, the tail ends at that value. A step that is written out
+again, on the same value and with the same parameters, counts as the value that is there already, unless a write in
+between, or afterwards, could tell them apart. `detach()`, `clone()` and
 a reshape to the same shape are taken along. So is a tensor of the convolution's shape, dtype and memory format in the
 place of one of the two, a residual or a mask: at most two of them, in training one, and without `alpha`. In training a
 tensor that is only added, which eager does not keep, must be made in the same graph if the backward would read it:

@@ -150,7 +150,7 @@ def _rewrite(decision: Decision) -> bool:
         program = choice.program and not left
         return rewrite.use_training(site, fused=choice.kernel == "fused", leave_bias=left, program=program)
     if choice.kernel == "fused":
-        return rewrite.use_fused(site, choice.plan, choice.relayout, choice.program, choice.prologue)
+        return rewrite.use_fused(site, choice.plan, choice.relayout, choice.program, choice.prologue, choice.keeps)
     if choice.kernel == "epilogue":
         return rewrite.use_epilogue(site)
     return choice.folds and rewrite.fold(site)

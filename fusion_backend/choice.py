@@ -31,7 +31,7 @@ from fusion_backend.patterns.gradient import Gate
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import needs_gradient, value_of
 from fusion_backend.program_text import rereads, trained, written
-from fusion_backend.surroundings import Surroundings, is_stored, saves_a_pass
+from fusion_backend.surroundings import Surroundings, is_read_from_memory, is_stored, saves_a_pass
 
 UNKNOWN_LAYOUT = "which layout Inductor gives the convolutions beside it cannot be told"
 RELAID_IN_TRAINING = (
@@ -53,7 +53,8 @@ class Choice:
 
     ``training``: by ``fused_post::conv_transpose_training``, which keeps one bit an element for the backward.
     ``program``: the fused kernel takes the site's too, where it has one; else Inductor gets it, in a pass of its own.
-    ``prologue``: and the site's prologue, which is else Inductor's.
+    ``prologue``: and the site's prologue, which is else Inductor's. ``keeps``: the program of which a value is kept, in
+    the place of the other.
     """
 
     kernel: str | None
@@ -63,6 +64,7 @@ class Choice:
     relayout: bool = False  # a contiguous site becomes channels_last
     program: bool = True
     prologue: bool = False
+    keeps: bool = False
     folds: bool = True  # where Inductor keeps the site, it gets the tail's normal form if that is shorter
 
 
@@ -92,9 +94,27 @@ def choose(site: Site, options: Options, around: Surroundings = ALONE) -> Choice
     if requested != "fused":
         return Choice(requested, "asked for")
     relayout = is_relaid(site, around) is True
-    site = taken(site, requested, relayout, prologue=True)
+    keeps = not relayout and _keeps(site, options)
+    site = taken(site, requested, relayout, prologue=True, keeps=keeps)
     plan = _plan_asked_for(site, options, relayout)
-    return Choice(requested, "asked for", plan=plan, relayout=relayout, prologue=site.prologue is not None)
+    prologue = site.prologue is not None
+    return Choice(requested, "asked for", plan=plan, relayout=relayout, prologue=prologue, keeps=keeps)
+
+
+def _keeps(site: Site, options: Options) -> bool:
+    """Whether one kernel that stores two values is faster than one that stores the first and a pass behind it.
+
+    As it is measured, or else where the result is read from memory: a pass that writes it would read the first again.
+    """
+    if site.keeping is None:
+        return False
+    both = replace(site, program=site.keeping)
+    if not is_read_from_memory(both.whole):
+        return False
+    alone, together = (measured_plan(each, options) for each in (site, both))
+    if isinstance(alone, str):
+        return True
+    return isinstance(together, Prediction) and together.speedup > alone.speedup
 
 
 def _auto(site: Site, options: Options, around: Surroundings, problem: str | None, trains: bool, saves: bool) -> Choice:
@@ -112,6 +132,12 @@ def _auto(site: Site, options: Options, around: Surroundings, problem: str | Non
         bare = measured_plan(replace(plain, program=None), options, relayout, left=True)
         if isinstance(found, str) or (isinstance(bare, Prediction) and bare.speedup > found.speedup):
             found, program = bare, False
+    keeps = False
+    if site.keeping is not None and not relayout:
+        both = measured_plan(replace(plain, program=site.keeping), options)
+        if isinstance(both, Prediction) and (isinstance(found, str) or both.speedup > found.speedup):
+            found, program, keeps = both, True, True
+            site = replace(site, program=site.keeping)
     if isinstance(found, str):
         return _inductor(site, found, saves)
     if options.measures:
@@ -128,7 +154,7 @@ def _auto(site: Site, options: Options, around: Surroundings, problem: str | Non
     if prologue:
         behind += ", with the steps before it"
     why = f"{faster}, by {found.plan}{layout}{behind}; {packed}"
-    return Choice("fused", why, plan=found.plan, relayout=relayout, program=program, prologue=prologue)
+    return Choice("fused", why, plan=found.plan, relayout=relayout, program=program, prologue=prologue, keeps=keeps)
 
 
 def _takes_prologue(site: Site, plan: str) -> bool:
@@ -248,6 +274,7 @@ def measured_plan(site: Site, options: Options, relayout: bool = False, left: bo
     device = site.convolution.value.device
     gpu = gpu_name(device)
     copied = (_copied_bytes(site, problem, shape) if relayout else 0) + (left and 2 * _result_bytes(problem, shape))
+    copied += _result_bytes(problem, shape) if problem.kept else 0
     rate = copy_rate(gpu) if copied else math.inf
     if rate is None and options.measures:
         rate = autotune.copy_rate(device)
@@ -300,11 +327,19 @@ def problem_of(site: Site, relayout: bool = False) -> tuple[Problem, tuple[int, 
     problem = replace(problem, positions=shape[0] * math.prod(spans), prologue=site.prologue is not None)
     if site.program is not None:
         _, columns = written(site.program.instructions)
-        problem = replace(problem, tensors=len(site.program.tensors), columns=len(columns))
+        kept = site.program.kept is not None
+        problem = replace(problem, tensors=len(site.program.tensors), columns=len(columns), kept=kept)
     return problem, shape
 
 
-def taken(site: Site, kernel: str | None, relayout: bool = False, program: bool = True, prologue: bool = False) -> Site:
+def taken(
+    site: Site,
+    kernel: str | None,
+    relayout: bool = False,
+    program: bool = True,
+    prologue: bool = False,
+    keeps: bool = False,
+) -> Site:
     """The site as a kernel takes it: with its program's nodes in the tail, or without a program.
 
     A residual of a site that becomes channels_last would have to as well, in a pass of its own. A prologue is done in
@@ -315,7 +350,7 @@ def taken(site: Site, kernel: str | None, relayout: bool = False, program: bool 
     residual = relayout and site.program is not None and bool(site.program.tensors)
     if kernel not in ("fused", "epilogue") or residual or not program:
         return replace(site, program=None)
-    return site.whole
+    return (replace(site, program=site.keeping) if keeps and site.keeping is not None else site).whole
 
 
 def hint_of(size: Any) -> int | None:

@@ -72,7 +72,7 @@ def _replaced(decision: Decision) -> tuple[fx.Node, ...]:
         return ()
     if choice.kernel == "inductor" and not choice.training and not (choice.folds and site.is_shorter_folded):
         return ()
-    return taken(site, choice.kernel, choice.relayout, choice.program).tail
+    return taken(site, choice.kernel, choice.relayout, choice.program, keeps=choice.keeps).replaced
 
 
 def _is_2d(node: fx.Node) -> bool:

@@ -72,11 +72,11 @@ def _describe(decision: Decision) -> SiteReport:
     if isinstance(found, Miss):
         return SiteReport(False, None, found.reason, "", source_line(node), _convolution(node))
     assert choice is not None, "a site always has a choice"
-    site = taken(found, choice.kernel, choice.relayout, choice.program, choice.prologue)
+    site = taken(found, choice.kernel, choice.relayout, choice.program, choice.prologue, choice.keeps)
     before = site.prologue.nodes if site.prologue else ()
     equation = f"{site.biased}; {site.program}" if site.program else str(site.biased)
     reason = f"{choice.why} (the tail ends at {(site.program or site).end.reason})"
-    lines = dict.fromkeys(line for line in map(source_line, (node, *before, *site.tail)) if line)
+    lines = dict.fromkeys(line for line in map(source_line, (node, *before, *site.replaced)) if line)
     return SiteReport(
         choice.kernel is not None, choice.kernel, reason, equation, ", ".join(lines), _convolution(node),
         str(site.prologue or ""),

@@ -56,16 +56,25 @@ def use_epilogue(site: Site) -> bool:
 
 
 def use_fused(
-    site: Site, plan: str | None = None, relayout: bool = False, program: bool = True, prologue: bool = False
+    site: Site,
+    plan: str | None = None,
+    relayout: bool = False,
+    program: bool = True,
+    prologue: bool = False,
+    keeps: bool = False,
 ) -> bool:
     """Replace convolution, bias and tail by the operator ``fused_post::conv_transpose``, which takes ``plan``.
 
     ``relayout``: by way of channels_last. What is read and what is returned keep their strides. ``program`` and
-    ``prologue``: the operator takes the site's, where it has one.
+    ``prologue``: the operator takes the site's, where it has one. ``keeps``: it is
+    ``fused_post::conv_transpose_keeping``, which returns a value of the site's program beside the result.
     """
     from fusion_backend.kernels import conv_transpose  # noqa: F401  the import registers the operator, and needs triton
 
-    site = taken(site, "fused", relayout, program, prologue)
+    site = taken(site, "fused", relayout, program, prologue, keeps)
+    if site.program is not None and site.program.kept is not None:
+        _use_keeping(site, plan)
+        return True
     readers = _readers(site)
     with _inserting(site):
         last, allow_tf32 = layout_of(site.convolution.value)
@@ -79,10 +88,32 @@ def use_fused(
         if relayout or last:
             y = _strided(site, y)
     _replace(site, readers, y)
+    _erase_convolution(site)
+    return True
+
+
+def _use_keeping(site: Site, plan: str | None) -> None:
+    """Never by way of channels_last: both would have to be turned."""
+    assert site.program is not None
+    readers, holders = _readers(site), _readers_of(site.program.held, site)
+    with _inserting(site):
+        last, allow_tf32 = layout_of(site.convolution.value)
+        target = torch.ops.fused_post.conv_transpose_keeping.default
+        both = _call(site, target, last, allow_tf32, plan, **_programs(site), kept=site.program.kept)
+        y, kept = (both.graph.call_function(operator.getitem, (both, i)) for i in range(2))
+        if last:
+            y, kept = _strided(site, y), _strided(site, kept)
+    kept.meta = {**kept.meta, **site.program.held[0].meta}
+    for reader, name in holders:
+        reader.replace_input_with(name, kept)
+    _replace(site, readers, y)
+    _erase_convolution(site)
+
+
+def _erase_convolution(site: Site) -> None:
     before = site.prologue.nodes if site.prologue else ()
     for node in (site.convolution.node, *reversed(before)):
         node.graph.erase_node(node)
-    return True
 
 
 def use_training(site: Site, fused: bool, leave_bias: bool, program: bool = False) -> bool:
@@ -318,7 +349,11 @@ def _without_bias(site: Site) -> fx.Node:
 
 def _readers(site: Site) -> list[tuple[fx.Node, fx.Node]]:
     """(reader, name) for everything behind the tail that reads its result under one of its names."""
-    return [(user, name) for name in site.aliases for user in name.users if user not in site.tail]
+    return _readers_of(site.aliases, site)
+
+
+def _readers_of(names: Sequence[fx.Node], site: Site) -> list[tuple[fx.Node, fx.Node]]:
+    return [(user, name) for name in names for user in name.users if user not in site.replaced]
 
 
 def _replace(site: Site, readers: list[tuple[fx.Node, fx.Node]], new: fx.Node) -> None:
@@ -326,5 +361,5 @@ def _replace(site: Site, readers: list[tuple[fx.Node, fx.Node]], new: fx.Node) -
     new.meta = {**new.meta, **site.last.meta}
     for reader, name in readers:
         reader.replace_input_with(name, new)
-    for node in reversed(site.tail):
+    for node in reversed(site.replaced):
         node.graph.erase_node(node)

@@ -100,9 +100,19 @@ def saves_a_pass(site: Site) -> bool:
     """
     if not site.tail and site.convolution.bias is None:
         return False
-    inside = {site.convolution.node, *site.tail}
+    return not any(_passes(site))
+
+
+def is_read_from_memory(site: Site) -> bool:
+    """Whether a reader of the site's result needs it in memory, so that Inductor would write it in any case."""
+    return not all(_passes(site))
+
+
+def _passes(site: Site) -> Iterator[bool]:
+    """For each reader of the site's result whether Inductor makes what it reads together with it."""
+    inside = {site.convolution.node, *site.replaced}
     loads = site.convolution.bias is not None
-    return not any(_is_pass(user, loads) for name in site.aliases for user in name.users if user not in inside)
+    return (_is_pass(user, loads) for name in site.aliases for user in name.users if user not in inside)
 
 
 def _is_pass(node: fx.Node, loads: bool) -> bool:

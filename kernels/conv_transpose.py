@@ -70,12 +70,14 @@ from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.program import (
     NO_PROGRAM,
     Program,
+    apply_keeping,
     apply_program,
     apply_prologue,
     check_program,
     laid_out_as,
     load_tensors,
     load_vectors,
+    reference_values,
     tensors_of,
 )
 from fusion_backend.kernels.program import reference as run_program
@@ -109,6 +111,23 @@ def reference(
     prologue: Program = NO_PROGRAM,
 ) -> torch.Tensor:
     """The same in plain PyTorch. In float64 for a float64 x, else in float32; rounded once, and so is the prologue."""
+    return references(x, weight, axes, groups, scale, shift, lo, hi, program=program, prologue=prologue)[-1].to(x.dtype)
+
+
+def references(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    axes: Sequence[Axis],
+    groups: int = 1,
+    scale: Coefficient = None,
+    shift: Coefficient = None,
+    lo: Coefficient = None,
+    hi: Coefficient = None,
+    *,
+    program: Program = NO_PROGRAM,
+    prologue: Program = NO_PROGRAM,
+) -> list[torch.Tensor]:
+    """The program's values, v0 and the result included, not rounded yet."""
     compute = torch.promote_types(x.dtype, torch.float32)
     y = CONV_TRANSPOSE[x.dim()](
         run_program(x.to(compute), prologue).to(x.dtype).to(compute),
@@ -120,7 +139,7 @@ def reference(
         groups,
         [axis.dilation for axis in axes],
     )
-    return run_program(pointwise(y, scale, shift, lo, hi), program).to(x.dtype)
+    return reference_values(pointwise(y, scale, shift, lo, hi), program)
 
 
 @triton.jit
@@ -212,6 +231,7 @@ def _along_w(tile, PHASES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.cons
 def _conv_transpose_kernel(
     out_ptr,
     bits_ptr,
+    kept_ptr,
     x_ptr,
     weight_ptr,
     scale_ptr,
@@ -238,6 +258,7 @@ def _conv_transpose_kernel(
     HI_OPEN: tl.constexpr,
     PASSES_NAN: tl.constexpr,
     PROGRAM: tl.constexpr,
+    KEPT: tl.constexpr,
     PROLOGUE: tl.constexpr,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
@@ -290,7 +311,8 @@ def _conv_transpose_kernel(
     whether 16 divides a number.
     """
     OFFSET: tl.constexpr = tl.int64 if LONG else tl.int32
-    LATE: tl.constexpr = tensors_of(PROGRAM) > 0  # then a program runs where its tensors are read as y is written
+    # Then a program runs where y is written, as its tensors are read, and what is kept is written.
+    LATE: tl.constexpr = tensors_of(PROGRAM) > 0 or kept_ptr is not None
     CHANNELS: tl.constexpr = C_OUT if DOT else C_OUT * GROUPS  # that one run of tiles covers
     ALL_IN: tl.constexpr = C_IN * GROUPS
     ALL_OUT: tl.constexpr = C_OUT * GROUPS
@@ -465,7 +487,8 @@ def _conv_transpose_kernel(
         if LATE:
             vectors = load_vectors(vectors_ptr, (group * C_OUT + known)[None, :], None, None, PROGRAM)
             tensors = load_tensors(tensor_0_ptr, tensor_1_ptr, offset, exists, PROGRAM)
-            y_0 = apply_program(y_0, vectors, tensors, PROGRAM).to(out_ptr.dtype.element_ty)
+            y_0 = apply_keeping(y_0, vectors, tensors, kept_ptr, offset, exists, PROGRAM, KEPT)
+            y_0 = y_0.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + offset, y_0, mask=exists)
         if bits_ptr is not None:
             store_bits(bits_ptr, row, along, passing_0, exists, BLOCK_M, COLUMNS)
@@ -505,7 +528,8 @@ def _conv_transpose_kernel(
             known = group * C_OUT + tl.minimum(channel, CHANNELS - 1)
             vectors = load_vectors(vectors_ptr, known[:, None], None, None, PROGRAM)
             tensors = load_tensors(tensor_0_ptr, tensor_1_ptr, offset, exists, PROGRAM)
-            y = apply_program(y, vectors, tensors, PROGRAM).to(out_ptr.dtype.element_ty)
+            y = apply_keeping(y, vectors, tensors, kept_ptr, offset, exists, PROGRAM, KEPT)
+            y = y.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + offset, y, mask=exists)
         if bits_ptr is not None:
             if JOINED == 2:
@@ -534,10 +558,12 @@ def launch(
     gate: Gate = EVERYTHING,
     program: Program = NO_PROGRAM,
     prologue: Program = NO_PROGRAM,
+    kept: torch.Tensor | None = None,
 ) -> None:
     """Fill ``out`` from ``x``, both dense, that is contiguous or channels_last, and from what ``pack`` returns.
 
-    ``bits`` are filled too where they are given, for which ``why_no_bits`` must have nothing to say.
+    ``bits`` are filled too where they are given, for which ``why_no_bits`` must have nothing to say; and ``kept``, laid
+    out as ``out``, where the program keeps a value.
     """
     if out.numel() == 0:
         return
@@ -565,6 +591,7 @@ def launch(
     kernel[(tiling.programs,)](
         out,
         bits,
+        kept,
         x,
         packed,
         *coefficients.tensors,
@@ -579,6 +606,7 @@ def launch(
         *coefficients.present,
         *(gate.lo_open, gate.hi_open, gate.passes_nan),
         PROGRAM=program.text,
+        KEPT=program.kept,
         PROLOGUE=prologue.text,
         C_IN=problem.C_in,
         C_OUT=problem.C_out,
@@ -618,7 +646,9 @@ def run(
     prologue: Program = NO_PROGRAM,
     turned_bits: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """What ``conv_transpose`` returns and, with a gate, its bits; then None where no kernel can write these.
+    """What ``conv_transpose`` returns and beside it, with a gate, its bits; then None where no kernel can write these.
+
+    Where the program keeps a value, that is beside it.
 
     There are no bits behind a program. They are written by the march on Hopper, where that can. That takes no prologue.
     ``turned_bits``: of a contiguous result that no kernel can write them beside, they may be in channels_last order.
@@ -645,7 +675,12 @@ def run(
         problem = problem_for(x, weight, axes, groups, out_last, allow_tf32, compiled)
         tensors_read = sum(tensor is not None for tensor in program.tensors)
         columns = 0 if program.vectors is None else int(program.vectors.shape[1])
-        problem = replace(problem, hopper=problem.hopper and not tensors_read, prologue=bool(prologue.text))
+        problem = replace(
+            problem,
+            hopper=problem.hopper and not tensors_read,
+            prologue=bool(prologue.text),
+            kept=program.kept is not None,
+        )
         candidates = _general(problem)
         if gate is not None and plan_name is None:
             candidates = plans_for_bits(problem, x.shape, turned_bits)
@@ -673,12 +708,18 @@ def run(
     bits = out.new_empty(0 if gate is None else cdiv(out.numel(), 8), dtype=torch.uint8)
     coefficients = coefficients_for(out, tensors, numbers)
     program = laid_out_as(out, program)
+    kept = None if program.kept is None else empty(out.shape, x, out_last)
     if plan is None:
-        out.copy_(reference(x, weight, axes, groups, *coefficients.values, program=program, prologue=prologue))
+        values = references(x, weight, axes, groups, *coefficients.values, program=program, prologue=prologue)
+        out.copy_(values[-1])
+        if kept is not None and program.kept is not None:
+            kept.copy_(values[program.kept])
     else:
         packed = pack_for(plan, weight, problem)
         written = None if gate is None else bits
-        launch_plan(out, x, packed, problem, plan, coefficients, written, gate or EVERYTHING, program, prologue)
+        launch_plan(out, x, packed, problem, plan, coefficients, written, gate or EVERYTHING, program, prologue, kept)
+    if kept is not None:
+        return out, kept
     return out, bits.unsqueeze(0) if gate is not None and plan is not None and plan.back else bits
 
 
@@ -737,8 +778,9 @@ def launch_plan(
     gate: Gate = EVERYTHING,
     program: Program = NO_PROGRAM,
     prologue: Program = NO_PROGRAM,
+    kept: torch.Tensor | None = None,
 ) -> None:
-    """Fill ``out``, and ``bits`` where given, from ``x`` and from what ``pack_for`` returns; all of them are dense.
+    """Fill ``out``, and ``bits`` and ``kept`` where given, from ``x`` and what ``pack_for`` returns; all are dense.
 
     Not for those on Hopper, which are opaque. A pass that turns x does the prologue, too. Where the result is turned
     back the bits are in channels_last order.
@@ -750,17 +792,18 @@ def launch_plan(
         x, prologue = turned_by(x, True, prologue), NO_PROGRAM
     problem = plan.problem(problem)
     if plan.back:
+        assert kept is None, "it would have to be turned back, too"
         turned = empty(out.shape, out, True)
         launch_plan(turned, x, packed, problem, Plan(plan.config), coefficients, bits, gate, program, prologue)
         epilogue.launch(out, turned, NO_COEFFICIENTS)
         return
     if isinstance(plan.config, strips.Config):
         march = strips.march_for(problem, x.shape, plan.config)
-        row_march.launch(out, x, packed, problem, march, coefficients, bits, gate, program, prologue)
+        row_march.launch(out, x, packed, problem, march, coefficients, bits, gate, program, prologue, kept)
         return
     tiling = tiling_for(problem, plan.config)
     assert tiling is not None, "a plan fits"
-    launch(out, x, packed, problem, tiling, coefficients, bits, gate, program, prologue)
+    launch(out, x, packed, problem, tiling, coefficients, bits, gate, program, prologue, kept)
 
 
 def turned_by(x: torch.Tensor, channels_last: bool, program: Program = NO_PROGRAM) -> torch.Tensor:
@@ -823,3 +866,45 @@ def conv_transpose(
     ran = run(x, weight, *sizes, groups, tensors, numbers, channels_last, allow_tf32, None, plan, steps, before)
     assert ran is not None, "None is for gates"
     return ran[0]
+
+
+@triton_op("fused_post::conv_transpose_keeping", mutates_args=())
+def conv_transpose_keeping(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    lo: torch.Tensor | None = None,
+    hi: torch.Tensor | None = None,
+    scale_number: float = 1.0,
+    shift_number: float = 0.0,
+    lo_number: float | None = None,
+    hi_number: float | None = None,
+    channels_last: bool | None = None,
+    allow_tf32: bool = True,
+    plan: str | None = None,
+    program: str = "",
+    vectors: torch.Tensor | None = None,
+    tensor_0: torch.Tensor | None = None,
+    tensor_1: torch.Tensor | None = None,
+    prologue: str = "",
+    prologue_vectors: torch.Tensor | None = None,
+    kept: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``conv_transpose``, and the program's value v<kept>, which stands in front of the result; both are new tensors.
+
+    By the same kernel, which writes each of them once.
+    """
+    numbers = (scale_number, shift_number, lo_number, hi_number)
+    sizes = (stride, padding, output_padding, dilation)
+    tensors = (scale, shift, lo, hi)
+    steps = Program(program, vectors, (tensor_0, tensor_1), kept)
+    before = Program(prologue, prologue_vectors)
+    ran = run(x, weight, *sizes, groups, tensors, numbers, channels_last, allow_tf32, None, plan, steps, before)
+    assert ran is not None, "None is for gates"
+    return ran

@@ -91,6 +91,8 @@ def why_not(problem: Problem) -> str | None:
         return f"it has {problem.groups} groups"
     if problem.tensors:
         return "a program reads a tensor of the result's shape"
+    if problem.kept:
+        return "a value is kept"
     if problem.prologue:
         return "something is done to x first, and the copy engine brings it as it is"
     if not problem.x_last:

@@ -92,6 +92,8 @@ def why_not(problem: Problem) -> str | None:
         return f"it has {problem.groups} groups, and a program of the march shares x among all its channels"
     if problem.tensors:
         return "a program reads a tensor of the result's shape"
+    if problem.kept:
+        return "a value is kept"
     if problem.prologue:
         return "something is done to x first, and the copy engine brings it as it is"
     if any(axis.dilation > 1 for axis in problem.axes):

@@ -97,7 +97,7 @@ def _products(problem: Problem) -> Iterator[Plan]:
     turned = not problem.x_last
     if not problem.hopper or (turned and not _can_turn(problem)):
         return
-    for back in (False,) if problem.out_last or problem.tensors else (False, True):
+    for back in (False,) if problem.out_last or problem.tensors or problem.kept else (False, True):
         rest = Plan(hopper_blocks.CONFIGS[0], turned, back).problem(problem)
         if hopper_blocks.why_not(rest) is None:
             yield from (Plan(config, turned, back) for config in hopper_blocks.configs_for(rest))
@@ -158,9 +158,9 @@ def _can_turn(problem: Problem) -> bool:
 def _can_turn_back(problem: Problem) -> bool:
     """Where a tile has too few phases for whole 32-byte sectors of a contiguous row of float32.
 
-    What a program reads beside it is laid out as the result, and not as the workspace.
+    What a program reads or stores beside it is laid out as the result, and not as the workspace.
     """
-    if problem.tensors:
+    if problem.tensors or problem.kept:
         return False
     few = problem.axes[2].stride > tiling.MOST_JOINED
     return problem.tf32 and problem.dot and problem.x_last and not problem.out_last and few

@@ -41,6 +41,7 @@ class Problem:
     prologue: bool = False  # something is done to x as it is loaded
     tensors: int = 0  # of the result's shape, that a program reads
     columns: int = 0  # of a program's vectors
+    kept: bool = False  # a value of a program is stored beside the result
 
     @property
     def dot(self) -> bool:

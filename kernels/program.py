@@ -26,6 +26,8 @@ a column of ``vectors``, float32 [C, k]: one value per channel. t0 and t1 are re
 because Inductor writes constants of a kernel out by ``repr``, and because Triton takes no text inside of tuples; a
 compiled kernel reads it by ``triton.constexpr_function``.
 
+One value in front of the result may be kept: stored beside it by the same kernel, rounded once, as the result is.
+
 Everything is computed in fp32, in the order that is written; NaN goes through. Without instructions a kernel is what it
 is without a program.
 """
@@ -69,11 +71,12 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """The text, the vectors that it names (or None), and the tensors."""
+    """The text, the vectors that it names (or None), and the tensors. ``kept``: v<kept> is stored beside the result."""
 
     text: str = ""
     vectors: torch.Tensor | None = None
     tensors: Tensors = (None, None)
+    kept: int | None = None
 
 
 NO_PROGRAM = Program()
@@ -90,6 +93,11 @@ def check_program(program: Program, C: int, device: torch.device, dtype: torch.d
     given = {f"t{i}" for i, tensor in enumerate(program.tensors) if tensor is not None}
     if named != given or named == {"t1"}:
         raise ValueError(f"program {text!r} names {sorted(named)}, given are {sorted(given)}; allowed is t0 before t1")
+    if program.kept is not None and not 0 <= program.kept < len(instructions):
+        raise ValueError(
+            f"kept is {program.kept}; allowed for program {text!r} are values in front of the result, from 0 to "
+            f"{len(instructions) - 1}"
+        )
     columns = {p for each in instructions for p in each.parameters if isinstance(p, str)}
     count = 1 + max((int(column[1:]) for column in columns), default=-1)
     if vectors is None and count:
@@ -196,13 +204,18 @@ def _parameter(line: str, word: str, or_none: bool) -> float | str | None:
 
 def reference(x: torch.Tensor, program: Program) -> torch.Tensor:
     """The same in plain PyTorch, on the value [N, C, *spatial] of the first normal form, which is not rounded yet."""
-    values = {f"t{i}": tensor.to(x.dtype) for i, tensor in enumerate(program.tensors) if tensor is not None}
-    y = values["v0"] = x
-    for number, each in enumerate(parse(program.text), 1):
-        inputs = [values[value] for value in each.values]
+    return reference_values(x, program)[-1]
+
+
+def reference_values(x: torch.Tensor, program: Program) -> list[torch.Tensor]:
+    """v0, v1, ..., and the result last."""
+    tensors = {f"t{i}": tensor.to(x.dtype) for i, tensor in enumerate(program.tensors) if tensor is not None}
+    values = [x]
+    for each in parse(program.text):
+        inputs = [tensors[name] if name in tensors else values[int(name[1:])] for name in each.values]
         parameters = [_column(p, program, x) if isinstance(p, str) else p for p in each.parameters]
-        y = values[f"v{number}"] = _step(each.name, inputs, parameters)
-    return y
+        values.append(_step(each.name, inputs, parameters))
+    return values
 
 
 def _step(name: str, inputs: list[torch.Tensor], parameters: list[torch.Tensor | float | None]) -> torch.Tensor:
@@ -431,11 +444,26 @@ def _run(values, vectors, tensors, PROGRAM: tl.constexpr, INSTRUCTION: tl.conste
 
 
 @triton.jit
-def apply_program(x, vectors, tensors, PROGRAM: tl.constexpr):
-    """The program's last value, from a tile of v0; the rest as ``load_vectors`` and ``load_tensors`` return them."""
+def values_of(x, vectors, tensors, PROGRAM: tl.constexpr):
+    """v0, v1, ..., from a tile of v0; the rest as ``load_vectors`` and ``load_tensors`` return them."""
     values = (x.to(tl.float32),)
     for instruction in tl.static_range(_instructions(PROGRAM)):
         values = append(values, _run(values, vectors, tensors, PROGRAM, instruction))
+    return values
+
+
+@triton.jit
+def apply_program(x, vectors, tensors, PROGRAM: tl.constexpr):
+    """The program's last value."""
+    return values_of(x, vectors, tensors, PROGRAM)[_instructions(PROGRAM)]
+
+
+@triton.jit
+def apply_keeping(x, vectors, tensors, kept_ptr, offset, exists, PROGRAM: tl.constexpr, KEPT: tl.constexpr):
+    """The program's last value. If there is a ``kept_ptr``, v<KEPT> is stored there, as the result is at out_ptr."""
+    values = values_of(x, vectors, tensors, PROGRAM)
+    if kept_ptr is not None:
+        tl.store(kept_ptr + offset, values[KEPT].to(kept_ptr.dtype.element_ty), mask=exists)
     return values[_instructions(PROGRAM)]
 
 

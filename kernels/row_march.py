@@ -40,6 +40,7 @@ from fusion_backend.kernels.program import (
     NO_PROGRAM,
     Program,
     append,
+    apply_keeping,
     apply_program,
     apply_prologue,
     load_tensors,
@@ -147,6 +148,7 @@ def _joined(phases, e, JOINED: tl.constexpr, LAST: tl.constexpr):
 def _store_row(
     out_ptr,
     bits_ptr,
+    kept_ptr,
     channel_at,
     at,
     exists,
@@ -159,6 +161,7 @@ def _store_row(
     tensor_0_ptr,
     tensor_1_ptr,
     PROGRAM: tl.constexpr,
+    KEPT: tl.constexpr,
     STRIDE: tl.constexpr,
     GROWTH: tl.constexpr,
     PER_OUT: tl.constexpr,
@@ -185,9 +188,10 @@ def _store_row(
             known_here = known[:, None]
         if not ALL_KNOWN:
             mask = mask & known_here
-        if tensors_of(PROGRAM) > 0:
+        if tensors_of(PROGRAM) > 0 or kept_ptr is not None:
             tensors = load_tensors(tensor_0_ptr, tensor_1_ptr, offset, mask, PROGRAM)
-            y = apply_program(y, vectors, tensors, PROGRAM).to(out_ptr.dtype.element_ty)
+            y = apply_keeping(y, vectors, tensors, kept_ptr, offset, mask, PROGRAM, KEPT)
+            y = y.to(out_ptr.dtype.element_ty)
         tl.store(y_ptr, y, mask=mask)
         if bits_ptr is not None:
             passing = _joined(gates, e, JOINED, LAST)
@@ -201,6 +205,7 @@ def _store_row(
 def _row_march_kernel(
     out_ptr,
     bits_ptr,
+    kept_ptr,
     x_ptr,
     weight_ptr,
     scale_ptr,
@@ -229,6 +234,7 @@ def _row_march_kernel(
     HI_OPEN: tl.constexpr,
     PASSES_NAN: tl.constexpr,
     PROGRAM: tl.constexpr,
+    KEPT: tl.constexpr,
     PROLOGUE: tl.constexpr,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
@@ -292,8 +298,8 @@ def _row_march_kernel(
     shift = load_coefficient(shift_ptr, shift, clamped, None, None)
     lo = load_coefficient(lo_ptr, lo, clamped, None, None)
     hi = load_coefficient(hi_ptr, hi, clamped, None, None)
-    # Tensors of a program are read where y is written, and in that order; so then the program runs there.
-    LATE: tl.constexpr = tensors_of(PROGRAM) > 0
+    # Tensors of a program are read, and what is kept is stored, where y is written; so then the program runs there.
+    LATE: tl.constexpr = tensors_of(PROGRAM) > 0 or kept_ptr is not None
     vectors = load_vectors(vectors_ptr, clamped if OUT_LAST or not LATE else clamped.trans(), None, None, PROGRAM)
 
     in_vectors = load_vectors(prologue_vectors_ptr, tl.minimum(k, C_IN - 1)[None, :], None, None, PROLOGUE)
@@ -394,6 +400,7 @@ def _row_march_kernel(
                     _store_row(
                         out_ptr,
                         bits_ptr,
+                        kept_ptr,
                         channel_at,
                         at,
                         exists,
@@ -406,6 +413,7 @@ def _row_march_kernel(
                         tensor_0_ptr,
                         tensor_1_ptr,
                         PROGRAM,
+                        KEPT,
                         STRIDE_W,
                         GROWTH_W,
                         PER_OUT,
@@ -435,11 +443,13 @@ def launch(
     gate: Gate = EVERYTHING,
     program: Program = NO_PROGRAM,
     prologue: Program = NO_PROGRAM,
+    kept: torch.Tensor | None = None,
 ) -> None:
     """Fill ``out`` from ``x``, both dense, that is contiguous or channels_last, and from what ``pack`` returns.
 
     ``bits`` are filled too where they are given, for which ``strips.why_no_bits`` must have nothing to say; then there
-    is no program. For a program with tensors, ``strips.has_room`` must hold.
+    is no program; and ``kept``, laid out as ``out``, where the program keeps a value. For a program with tensors
+    ``strips.has_room`` must hold.
     """
     if out.numel() == 0:
         return
@@ -453,6 +463,7 @@ def launch(
     kernel[(march.programs,)](
         out,
         bits,
+        kept,
         x,
         packed,
         *coefficients.tensors,
@@ -469,6 +480,7 @@ def launch(
         *coefficients.present,
         *(gate.lo_open, gate.hi_open, gate.passes_nan),
         PROGRAM=program.text,
+        KEPT=program.kept,
         PROLOGUE=prologue.text,
         C_IN=problem.C_in,
         C_OUT=problem.C_out,

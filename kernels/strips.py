@@ -185,7 +185,7 @@ def has_room(problem: Problem, config: Config, tensors: int) -> bool:
 
 
 def _registers(problem: Problem, config: Config) -> int:
-    """A measure of what a thread needs: accumulators, the output, x, the addresses of narrow loads and of products."""
+    """A measure of what a thread needs: accumulators, outputs, x, the addresses of narrow loads and of products."""
     threads = 32 * config.num_warps
     row, middle, column = turned(problem, problem.axes)
     acc = config.pixels * config.channels // threads
@@ -193,7 +193,7 @@ def _registers(problem: Problem, config: Config) -> int:
     begun = max((row.kernel - row.stride) * middle.stride, 1)
     return (
         begun * column.stride * acc
-        + column.stride * acc * problem.dtype.itemsize // 4
+        + column.stride * acc * problem.dtype.itemsize // 4 * (1 + problem.kept)
         + _shifts(problem) * x
         + _narrow_shifts(problem) * x // 4
         + _products(problem)

@@ -14,9 +14,12 @@ value: at most two for a site.
 An affine or clamp operation is folded into the normal form that made its input, whoever else reads that: its value
 depends on the input of that form alone. What nobody reads is left out in the end.
 
-Where a gradient flows, the program begins at the first bound of the first run, since a bound is an instruction of its
-own there: its gradient is (see ``gradient``), and a normal form has none of its bounds'. ``detach`` is one, too, but
-ends the tail where it is in place.
+One value in front of the result may have other readers as well: it is kept (see ``keeping``). Whoever cannot store two
+takes the program without that.
+
+Where a gradient flows nothing is kept, and the program begins at the first bound of the first run, since a bound is an
+instruction of its own there: its gradient is (see ``gradient``), and a normal form has none of its bounds'. ``detach``
+is one, too, but ends the tail where it is in place.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from fusion_backend.patterns.algebra import LARGEST, Clamp, NormalForm, Refusal,
 from fusion_backend.patterns.barrier import is_barrier
 from fusion_backend.patterns.coefficient import Coefficient
 from fusion_backend.patterns.convolution import Convolution, Input
+from fusion_backend.patterns.keeping import Closing, State, closings
 from fusion_backend.patterns.operand import label, read_operand, read_vector
 from fusion_backend.patterns.source import Miss, is_single, is_tensor, needs_gradient, same_shape, value_of
 from fusion_backend.patterns.steps import read_steps
@@ -91,6 +95,8 @@ class Program:
     ``aliases``  the nodes that name the result
     ``tensors``  those of the convolution's shape that it reads
     ``end``      why the tail goes no further
+    ``repeats``  nodes behind these, and behind other readers, that make values of these once more
+    ``kept``     the number of a value that others read, too, and ``held`` the nodes that name it; None, and none
     """
 
     nodes: tuple[fx.Node, ...]
@@ -98,9 +104,13 @@ class Program:
     instructions: tuple[Instruction, ...]
     tensors: tuple[fx.Node, ...]
     end: Miss
+    repeats: tuple[fx.Node, ...] = ()
+    kept: int | None = None
+    held: tuple[fx.Node, ...] = ()
 
     def __str__(self) -> str:
-        return text_of(self.instructions, self.tensors)
+        steps = text_of(self.instructions, self.tensors)
+        return steps if self.kept is None else f"{steps}; {f'v{self.kept}' if self.kept else 'y'} is kept"
 
 
 def text_of(instructions: tuple[Instruction, ...], tensors: tuple[fx.Node, ...] = (), first: str = "y") -> str:
@@ -109,33 +119,47 @@ def text_of(instructions: tuple[Instruction, ...], tensors: tuple[fx.Node, ...] 
 
 def read_program(
     convolution: Convolution, names: list[fx.Node], last: fx.Node, before: Sequence[Step] | None = None
-) -> Program | None:
-    """What comes behind ``last``, at which the value has these ``names``; None where that is nothing.
+) -> tuple[Program | None, Program | None]:
+    """What comes behind ``last``, at which the value has these ``names``; and the same with a value that is kept.
 
-    ``before``: where a gradient flows, the steps up to ``last`` that are to be its first.
+    None where that is nothing, or where nothing is gained by keeping one. ``before``: where a gradient flows, the steps
+    up to ``last`` that are to be its first.
     """
-    walk = _Walk(convolution, names, last, before)
+    walk = Walk(convolution, names, last, before)
     end = walk.down()
-    if not walk.closed:
-        return None
-    count, value, aliases = walk.closed[-1]
-    instructions, tensors = walk.instructions(value)
+    plain = [Closing(*each) for each in walk.closed[-1:]]
+    found = [] if walk.trains else list(closings(walk))
+    plain = _longest([*plain, *(each for each in found if each.kept is None)])
+    keeping = _longest([*plain, *(each for each in found if each.kept is not None)])
+    program = [_program(walk, each, end) for each in plain]
+    kept = [_program(walk, each, end) for each in keeping if each.kept is not None]
+    return next(iter(program), None), next(iter(kept), None)
+
+
+def _longest(found: list[Closing]) -> list[Closing]:
+    """The first of those that replace the most nodes."""
+    return sorted(found, key=lambda closing: -closing.nodes)[:1]
+
+
+def _program(walk: Walk, closing: Closing, end: Miss) -> Program | None:
+    instructions, tensors, kept = walk.instructions(closing.value, closing.kept)
     if not instructions:
         return None
-    if count < len(walk.nodes):
-        node = walk.nodes[count - 1]
+    if closing.count < len(walk.nodes):
+        node = walk.nodes[closing.count - 1]
         end = Miss(f"its value is also read by what is no step: {end.reason}", node, word(node))
-    return Program(tuple(walk.nodes[:count]), aliases, instructions, tensors, end)
+    nodes = tuple(walk.nodes[: closing.count])
+    return Program(nodes, closing.aliases, instructions, tensors, end, closing.repeats, kept, closing.held)
 
 
 def read_instructions(x: Input, nodes: Sequence[fx.Node]) -> tuple[tuple[Instruction, ...], fx.Node | None] | Miss:
     """How ``nodes`` make the last of them of x, and the first of them that writes to x's memory, if one does."""
-    walk = _Walk(x, [x.node], x.node)
+    walk = Walk(x, [x.node], x.node)
     for node in nodes:
         miss = walk.read(node)
         if miss is not None:
             return miss
-    instructions, tensors = walk.instructions(walk.number[nodes[-1]])
+    instructions, tensors, _ = walk.instructions(walk.number[nodes[-1]])
     assert not tensors, "what is of x's shape is x, or made of it"
     return instructions, next((node for node in nodes if walk.writes_to(node, x.node)), None)
 
@@ -151,8 +175,13 @@ class _Value:
     form: NormalForm = IDENTITY
     instruction: Instruction | None = None
 
+    @property
+    def is_name(self) -> bool:
+        """Whether it is another name of ``base``."""
+        return self.instruction is None and self.form == IDENTITY
 
-class _Walk:
+
+class Walk:
     """``nodes`` have been read; each of the nodes in ``number`` names a value, and lies in the memory ``memory``."""
 
     def __init__(
@@ -174,6 +203,7 @@ class _Walk:
         self.number = dict.fromkeys(names, start)
         self.memory = dict.fromkeys(names, start)
         self.closed: list[tuple[int, int, tuple[fx.Node, ...]]] = []  # nodes read, the value, its names
+        self.states: list[State] = []  # behind each node, where no gradient flows
 
     def down(self) -> Miss:
         if self.refused is not None:
@@ -189,13 +219,18 @@ class _Walk:
             node = node.next
         return Miss("the value leaves the graph", node, word(node))
 
-    def instructions(self, value: int) -> tuple[tuple[Instruction, ...], tuple[fx.Node, ...]]:
-        """Those that ``value`` is made of, and the tensors that they read, numbered anew."""
+    def instructions(
+        self, value: int, kept: int | None = None
+    ) -> tuple[tuple[Instruction, ...], tuple[fx.Node, ...], int | None]:
+        """Those that ``value``, and ``kept`` before it, are made of, the tensors that they read, and ``kept``.
+
+        All of them numbered anew.
+        """
         last = self._plain(value)
-        needed = {last}
+        needed = {last} if kept is None else {last, self._plain(kept)}
         for each in range(last, 0, -1):  # inputs have smaller numbers
             if each in needed:
-                needed.update(self._plain(x) for x in self._made_of(each).values if x >= 0)
+                needed.update(self._plain(x) for x in self.made_of(each).values if x >= 0)
         numbers: dict[int, int] = {0: 0}
         result: list[Instruction] = []
         tensors: list[fx.Node] = []
@@ -208,18 +243,18 @@ class _Walk:
             return -1 - tensors.index(tensor)
 
         for each in sorted(needed - {0}):
-            made = self._made_of(each)
+            made = self.made_of(each)
             result.append(Instruction(made.name, tuple(map(number, made.values)), made.parameters))
             numbers[each] = len(result)
-        return tuple(result), tuple(tensors)
+        return tuple(result), tuple(tensors), None if kept is None else number(kept)
 
     def _plain(self, value: int) -> int:
         """The value that this one is another name of."""
-        while value and self.values[value].instruction is None and self.values[value].form == IDENTITY:
+        while value and self.values[value].is_name:
             value = self.values[value].base
         return value
 
-    def _made_of(self, value: int) -> Instruction:
+    def made_of(self, value: int) -> Instruction:
         made = self.values[value]
         return made.instruction or Instruction("affine", (made.base,), _parameters(made.form))
 
@@ -229,6 +264,14 @@ class _Walk:
         return call is not None and call.in_place and self.memory[node] == self.memory[name]
 
     def read(self, node: fx.Node) -> Miss | None:
+        read = self.value_of(node)
+        if isinstance(read, Miss):
+            return read
+        self._name(node, *read)
+        return None
+
+    def value_of(self, node: fx.Node) -> tuple[Call, _Value] | Miss:
+        """The call that ``node`` is, and what it makes; or why it is no step."""
         call = read_call(node)
         if call is None:
             return Miss("no step of a tail", node, word(node))
@@ -250,8 +293,7 @@ class _Walk:
         made = self._made(call, places)
         if isinstance(made, str):
             return Miss(made, node, word(node))
-        self._name(node, call, made)
-        return None
+        return call, made
 
     def _made(self, call: Call, places: list[str]) -> _Value | str:
         """The value that ``call`` makes, or why it is no step."""
@@ -402,6 +444,8 @@ class _Walk:
             renamed = [name for name in self.number if call.in_place and self.memory[name] == self.memory[node]]
             self.number.update(dict.fromkeys([*renamed, node], new))
         self.nodes.append(node)
+        if not self.trains:
+            self.states.append(State(len(self.nodes), dict(self.number), dict(self.memory), len(self.values)))
         here = (self.number[node], self.memory[node])  # what is detached is another value in the same memory
         names = tuple(name for name in self.number if (self.number[name], self.memory[name]) == here)
         others = [name for name in self.number if name not in names]

@@ -47,6 +47,8 @@ class Site:
                 a gradient flows it begins at the tail's first bound
     ``prologue`` what is done to the convolution's input before it; None where that is nothing, and where a gradient
                 flows
+    ``keeping`` in the place of the program, for who can store two: a longer one, of which a value is kept; or None
+    ``repeats`` nodes behind the tail that make values of it once more
     """
 
     convolution: Convolution
@@ -59,6 +61,13 @@ class Site:
     end: Miss
     program: Program | None = None
     prologue: Prologue | None = None
+    keeping: Program | None = None
+    repeats: tuple[fx.Node, ...] = ()
+
+    @property
+    def replaced(self) -> tuple[fx.Node, ...]:
+        """In graph order, all that becomes another implementation's but the convolution itself."""
+        return (*self.tail, *self.repeats)
 
     @property
     def x(self) -> fx.Node:
@@ -70,7 +79,8 @@ class Site:
         """The site with the nodes of its program in the tail, for what replaces all of them."""
         if self.program is None:
             return self
-        whole = replace(self, tail=(*self.tail, *self.program.nodes), aliases=self.program.aliases)
+        tail, repeats = (*self.tail, *self.program.nodes), self.program.repeats
+        whole = replace(self, tail=tail, aliases=self.program.aliases, repeats=repeats)
         if self.gate is None:
             return whole
         steps = _before_bounds(self.steps)
@@ -128,7 +138,7 @@ def match(node: fx.Node, bare: bool = False) -> Site | Miss:
     end = walk.down()
     bias = _bias(convolution)
     bounds = walk.steps[len(_before_bounds(walk.steps)) :] if walk.trains else None
-    program = read_program(convolution, walk.names, walk.last, bounds)
+    program, keeping = read_program(convolution, walk.names, walk.last, bounds)
     if not walk.tail and bias is None and not (bare and (program or not walk.trains)):
         return end
     form, biased = _forms(bias, walk.steps, walk.single)
@@ -136,7 +146,7 @@ def match(node: fx.Node, bare: bool = False) -> Site | Miss:
     before = None if walk.trains else read_prologue(convolution)
     return Site(
         convolution, tuple(walk.tail), tuple(walk.names), tuple(walk.steps), form, biased, gate, end, program,
-        before if isinstance(before, Prologue) else None,
+        before if isinstance(before, Prologue) else None, keeping,
     )  # fmt: skip
 
 

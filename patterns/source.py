@@ -87,3 +87,13 @@ def aten_name(target: Any) -> str:
     else:
         return ""
     return name.removeprefix("aten::") if name.startswith("aten::") else ""
+
+
+def may_share_memory(x: fx.Node, y: fx.Node) -> bool:
+    """Whether the values of two nodes, of which y's is a tensor, share memory, or tracing does not say."""
+    value, other = value_of(x), value_of(y)
+    parts = value if isinstance(value, (tuple, list)) else [value]
+    is_alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]
+    if not isinstance(other, torch.Tensor):
+        return True
+    return any(is_alias_of(part, other) if isinstance(part, torch.Tensor) else part is None for part in parts)

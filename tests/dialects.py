@@ -50,13 +50,16 @@ DIALECTS = {"dynamo": dynamo, "symbolic_trace": symbolic, "make_fx": aten, "expo
 
 
 def call(gm: fx.GraphModule, *inputs: Any) -> Any:
-    """Run the graph module of any dialect on ``inputs``."""
-    if not hasattr(gm, "bound_arguments"):
-        return gm(*inputs)
+    """Run the graph module of any dialect on ``inputs``; of Dynamo's the first result."""
+    return results(gm, *inputs)[0] if hasattr(gm, "bound_arguments") else gm(*inputs)
+
+
+def results(gm: fx.GraphModule, *inputs: Any) -> tuple[Any, ...]:
+    """All results of Dynamo's graph."""
     fresh = iter([i.clone() if isinstance(i, torch.Tensor) else i for i in inputs])
     names = [n.target for n in gm.graph.nodes if n.op == "placeholder"]
     bound = [
         next(fresh) if "_x_" in str(n).lower() or "_k_" in str(n).lower() else a
         for n, a in zip(names, gm.bound_arguments, strict=True)
     ]
-    return gm(*bound)[0]
+    return tuple(gm(*bound))

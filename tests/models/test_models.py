@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import CONV, Case
+from benchmarks.measure import TOLERANCE, relative_rmse
 from benchmarks.models import CONVOLUTIONS, MODELS
+from fusion_backend import choice, explain, fused_post
 from tests.models.checking import Found, assert_accurate, assert_an_error_would_show, sites
 
 UNKNOWN = "not an affine or clamp operation"
@@ -58,6 +60,19 @@ EXPECTED: dict[str, list[Found]] = {
 }
 
 
+# With the fused kernel, in inference: residual blocks read the up-convolution's output beside what is made of it.
+SNAKE = (
+    "v1 = block.{0}.res_unit1.snake1.alpha[c]*y; v2 = sin(v1); v3 = square(v2); v4 = reciprocal_{1}[c]*v3; v5 = y + v4"
+)
+KEPT: dict[str, list[str]] = {
+    "speecht5_hifigan": [f"y = x + upsampler.{i}.bias[c]; v1 = leaky_relu(y, 0.1); y is kept" for i in range(2)],
+    "vits_hifigan": [f"y = x + upsampler.{i}.bias[c]; v1 = leaky_relu(y, 0.1); y is kept" for i in range(2)],
+    "dac_decoder": [
+        f"y = x + block.{i}.conv_t1.bias[c]; {SNAKE.format(i, number)}; y is kept" for i, number in enumerate((1, 8))
+    ],
+}
+
+
 @pytest.fixture(autouse=True)
 def _reset() -> None:
     torch._dynamo.reset()
@@ -93,6 +108,20 @@ def test_an_error_of_the_convolutions_would_show(name: str) -> None:
 @torch.no_grad()
 def test_the_sites_are_those_expected(name: str) -> None:
     assert sites(*build(name)) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", KEPT)
+@torch.no_grad()
+def test_what_the_fused_kernel_keeps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU tensor the operator computes its reference."""
+    monkeypatch.setattr(choice, "why_unsupported", lambda device, dtype: None)
+    model, inputs = build(name)
+    options = {"fused_post.strict": True, "fused_post.kernel": "fused"}
+    compiled = torch.compile(model, backend=fused_post, options=options)
+    assert [site.equation for site in explain(compiled, *inputs).sites] == KEPT[name]
+    expected = model(*inputs)
+    allowed = 2 * relative_rmse(expected, model, inputs) + TOLERANCE[expected.dtype] / 10
+    assert relative_rmse(compiled(*inputs), model, inputs) <= allowed
 
 
 # Not EnCodec, which reads its paddings off tensors: without data there is nothing to read.

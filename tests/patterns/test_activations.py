@@ -168,11 +168,11 @@ def test_every_row_ends_in_a_row_of_the_kernels_and_the_reverse() -> None:
     ],
 )
 def test_what_is_no_step(tail: Any, reason: str) -> None:
-    from fusion_backend.patterns.program import _Walk
+    from fusion_backend.patterns.program import Walk
 
     with torch.no_grad():
         gm = DIALECTS["dynamo"](Model(tail).eval(), torch.randn(1, 4, 3, 2))
     (site,) = (match(node, bare=True) for node in find_convolutions(gm))
     assert isinstance(site, Site) and site.program is None
-    end = _Walk(site.convolution, list(site.aliases), site.last).down()
+    end = Walk(site.convolution, list(site.aliases), site.last).down()
     assert any(part in end.why for part in reason.split("|")), end.why
