@@ -40,6 +40,7 @@ from fusion_backend.kernels import (
     epilogue,
     hopper,
     hopper_blocks,
+    hopper_keeping,
     hopper_march,
     hopper_product,
     hopper_strips,
@@ -698,10 +699,14 @@ def run(
         axes_of = tuple(tuple(int(getattr(axis, name)) for axis in axes) for name in AXIS)
         flags = None if gate is None else (gate.lo_open, gate.hi_open, gate.passes_nan)
         name = replace(plan, turned=False, back=False).name
-        call = hopper.Call(axes_of, numbers, out_last or plan.back, allow_tf32, name, program.text, flags).text
+        asked = (axes_of, numbers, out_last or plan.back, allow_tf32, name, program.text, flags, program.kept)
+        call = hopper.Call(*asked).text
         if gate is not None:
             y, bits = hopper_training.conv_transpose_hopper_training(x, weight, packed, *tensors, call)
             return (turned_by(y, False), bits.unsqueeze(0)) if plan.back else (y, bits)
+        if program.kept is not None:
+            assert not plan.back, "what is kept would have to be turned back, too"
+            return hopper_keeping.conv_transpose_hopper_keeping(x, weight, packed, *tensors, program.vectors, call)
         y = hopper.conv_transpose_hopper(x, weight, packed, *tensors, program.vectors, call)
         return turned_by(y, False) if plan.back else y, y.new_empty(0, dtype=torch.uint8)
     out = empty((x.shape[0], C_out, *sizes), x, out_last)

@@ -3,7 +3,7 @@
 Inductor writes the source of user kernels out again as plain Triton, which Gluon is not. So these kernels have an
 operator of their own that is opaque to Inductor, and costs the host more than a kernel does; ``conv_transpose`` calls
 it for plans called "hopper ..." and "product ...", with the weight packed where Inductor sees that. ``hopper_training``
-has one that writes the bits of a gate as well.
+has one that writes the bits of a gate as well, and ``hopper_keeping`` one that writes a value of the program.
 
 Gluon is an experimental part of triton: it is imported at the first launch, and where that, the compilation or the
 launch fails, the operator says so once and goes on with ``conv_transpose``'s other kernels.
@@ -46,6 +46,7 @@ class Call:
     plan: str
     program: str = ""
     gate: tuple[bool, bool, bool] | None = None  # lo_open, hi_open, passes_nan
+    kept: int | None = None
 
     @property
     def text(self) -> str:
@@ -125,7 +126,7 @@ def _march(
     problem: Problem, shape: Sequence[int], W_out: int, call: Call, columns: int, processors: int
 ) -> March | str:
     """Or why it cannot be."""
-    reason = hopper_strips.why_not(problem)
+    reason = hopper_strips.why_not(replace(problem, kept=call.kept is not None))
     if reason is not None:
         return reason
     config = _config(problem, call.plan)
@@ -168,7 +169,10 @@ def run(
     vectors: torch.Tensor | None,
     text: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """What ``conv_transpose`` returns and, with a gate, its bits; None where it cannot run after all."""
+    """What ``conv_transpose`` returns and beside it, with a gate, its bits, or the value that is kept.
+
+    None where it cannot run after all.
+    """
     if is_channels_last(x) is None:
         x = x.clone(memory_format=torch.contiguous_format)
     columns = 0 if vectors is None else vectors.shape[-1]
@@ -183,20 +187,22 @@ def run(
     call = ready.call
     check_coefficients(ready.problem.C_out, x.device, tensors)
     if call.program or vectors is not None:
-        check_program(Program(call.program, vectors), ready.problem.C_out, x.device)
+        check_program(Program(call.program, vectors, kept=call.kept), ready.problem.C_out, x.device)
     out = empty(ready.shape, x, call.channels_last)
-    bits = None if call.gate is None else out.new_empty(cdiv(out.numel(), 8), dtype=torch.uint8)
+    second = None if call.gate is None else out.new_empty(cdiv(out.numel(), 8), dtype=torch.uint8)
+    if call.kept is not None:
+        second = empty(ready.shape, x, call.channels_last)
     if out.numel() == 0:
-        return out, bits
+        return out, second
     try:
         prepared, tensors, numbers = _prepared(ready, x, out, tensors)
-        prepared.launch(out, x, packed.contiguous(), tensors, numbers, vectors, bits)
+        prepared.launch(out, x, packed.contiguous(), tensors, numbers, vectors, second)
     except torch.OutOfMemoryError:
         raise
     except Exception as raised:  # an experimental interface: anything may have changed
         _give_up(raised)
         return None
-    return out, bits
+    return out, second
 
 
 def _prepared(ready: Ready, x: torch.Tensor, out: torch.Tensor, tensors: Tensors) -> tuple[Any, Tensors, Any]:
@@ -206,9 +212,11 @@ def _prepared(ready: Ready, x: torch.Tensor, out: torch.Tensor, tensors: Tensors
         prepared, numbers = ready.prepared[given]
         return prepared, tensors, numbers
     call, coefficients = ready.call, coefficients_for(out, tensors, ready.call.numbers)
-    module = hopper_product if isinstance(ready.cut, Product) else hopper_march
-    prepare: Any = module.prepare
-    prepared = prepare(ready.problem, ready.cut, tuple(x.shape), coefficients.kinds, call.gate, call.program)
+    of_call = (ready.problem, ready.cut, tuple(x.shape), coefficients.kinds, call.gate, call.program)
+    prepare: Any = hopper_march.prepare
+    if isinstance(ready.cut, Product):
+        prepare, of_call = hopper_product.prepare, (*of_call, call.kept)  # type: ignore[assignment]
+    prepared = prepare(*of_call)
     if given == tuple(tensor is None for tensor in coefficients.tensors):
         ready.prepared[given] = prepared, coefficients.numbers
     return prepared, coefficients.tensors, coefficients.numbers  # type: ignore[return-value]
@@ -248,7 +256,7 @@ def fake(
     check_inputs(x, weight, 1)
     C_out = weight.shape[1]
     check_coefficients(C_out, x.device, tensors)
-    check_program(Program(call.program, vectors), C_out, x.device)
+    check_program(Program(call.program, vectors, kept=call.kept), C_out, x.device)
     axes = axes_for(x.dim() - 2, weight.shape[2:], *call.axes)
     sizes = [axis.output_size(size) for axis, size in zip(axes, x.shape[2:], strict=True)]
     return empty((x.shape[0], C_out, *sizes), x, call.channels_last)

@@ -91,8 +91,6 @@ def why_not(problem: Problem) -> str | None:
         return f"it has {problem.groups} groups"
     if problem.tensors:
         return "a program reads a tensor of the result's shape"
-    if problem.kept:
-        return "a value is kept"
     if problem.prologue:
         return "something is done to x first, and the copy engine brings it as it is"
     if not problem.x_last:
@@ -221,6 +219,7 @@ class Form:
     neighbours: int
     present: tuple[bool, bool, bool, bool]  # scale, shift, lo, hi
     program: str
+    kept: int | None
 
     @property
     def tile(self) -> tuple[int, ...]:
@@ -252,7 +251,14 @@ def neighbours_of(problem: Problem) -> int:
     return 8 // problem.dtype.itemsize if problem.out_last else max(1, phases_of(problem)[1] // 2)
 
 
-def form_for(problem: Problem, rank: int, cut: Product, present: tuple[bool, bool, bool, bool], program: str) -> Form:
+def form_for(
+    problem: Problem,
+    rank: int,
+    cut: Product,
+    present: tuple[bool, bool, bool, bool],
+    program: str,
+    kept: int | None = None,
+) -> Form:
     axes: tuple[Axis, ...] = problem.axes
 
     def along(name: str) -> tuple[int, int, int]:
@@ -284,4 +290,5 @@ def form_for(problem: Problem, rank: int, cut: Product, present: tuple[bool, boo
         neighbours=neighbours_of(problem),
         present=present,
         program=program,
+        kept=kept,
     )

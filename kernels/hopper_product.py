@@ -65,14 +65,14 @@ class Prepared:
         tensors: Sequence[torch.Tensor | None],
         numbers: Sequence[float],
         vectors: torch.Tensor | None = None,
-        bits: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
     ) -> Any:
-        """Fill ``out``, which is not empty; there are no ``bits``. Returns the compiled kernel."""
+        """Fill ``out``, which is not empty, and ``kept`` where the program keeps one. Returns the compiled kernel."""
         form, shape = self.form, packed.shape
         weight = descriptor(packed, shape, (shape[1], 1), (form.columns, form.depth), self.weight_layout)
         copied = descriptor(x, self.x_shape, self.x_strides, form.tile, self.x_layout)
-        args = (out, copied, weight, *tensors, vectors, *self.sizes, *numbers, self.x_layout, form)
-        return launched(_kernel, self.grid, args, self.compiled, (out, packed, *tensors, vectors))
+        args = (out, kept, copied, weight, *tensors, vectors, *self.sizes, *numbers, self.x_layout, form)
+        return launched(_kernel, self.grid, args, self.compiled, (out, kept, packed, *tensors, vectors))
 
 
 @functools.lru_cache(maxsize=256)
@@ -83,13 +83,14 @@ def prepare(
     kinds: tuple[int, int, int, int],
     gate: tuple[bool, bool, bool] | None,
     program: str,
+    kept: int | None = None,
 ) -> Prepared:
-    """For an x of ``shape`` and coefficients of these ``kinds``; there is no ``gate``."""
+    """For an x of ``shape``, coefficients of these ``kinds`` and the program's value that is kept; for no ``gate``."""
     assert gate is None, "the product writes no bits"
     gl = gluon_language()
     N, C, *sizes = shape
     scale, shift, lo, hi = (kind != 0 for kind in kinds)
-    form = form_for(problem, len(sizes), cut, (scale, shift, lo, hi), program)
+    form = form_for(problem, len(sizes), cut, (scale, shift, lo, hi), program, kept)
     element = getattr(gl, str(problem.dtype).removeprefix("torch."))
     layout = gl.NVMMASharedLayout.get_default_for
     x_shape = (N, *sizes, C)
@@ -113,12 +114,14 @@ def launch(
     cut: Product,
     coefficients: Coefficients,
     program: Program = NO_PROGRAM,
+    kept: torch.Tensor | None = None,
 ) -> Any:
-    """Fill ``out`` from ``x``, both channels_last, and from what ``pack`` returns.
+    """Fill ``out`` from a channels_last ``x`` and from what ``pack`` returns.
 
-    x begins at a multiple of 16 bytes. A program has no tensors. Returns the compiled kernel.
+    x begins at a multiple of 16 bytes. A program has no tensors; where it keeps a value ``kept`` is filled too, laid
+    out as ``out``. Returns the compiled kernel.
     """
     if out.numel() == 0:
         return None
-    prepared = prepare(problem, cut, tuple(x.shape), coefficients.kinds, None, program.text)
-    return prepared.launch(out, x, packed, coefficients.tensors, coefficients.numbers, program.vectors)
+    prepared = prepare(problem, cut, tuple(x.shape), coefficients.kinds, None, program.text, program.kept)
+    return prepared.launch(out, x, packed, coefficients.tensors, coefficients.numbers, program.vectors, kept)

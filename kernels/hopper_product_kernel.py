@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fusion_backend.kernels.coefficients import apply_coefficients, load_coefficient
 from fusion_backend.kernels.hopper_tiles import append, known, product_layout, rounded_to_tf32, stacked
-from fusion_backend.kernels.program import apply_program, load_vectors
+from fusion_backend.kernels.program import instructions_of, load_vectors, values_of
 from fusion_backend.kernels.taps import taps_of
 
 
@@ -148,8 +148,20 @@ def _in_order(accs, FORM: gl.constexpr):
 
 
 @gluon.jit
-def _store(accs, out_ptr, corner, phase, channel_0, sizes, pointers, numbers, FORM: gl.constexpr):
-    """A tile with its tail."""
+def _put(out_ptr, offset, y, exists, named, FORM: gl.constexpr):
+    """A value of a tile, rounded."""
+    y = y.to(out_ptr.dtype.element_ty)
+    if FORM.C_out % FORM.channels != 0:
+        gl.store(out_ptr + offset, y, mask=exists & named)
+    elif not FORM.whole:
+        gl.store(out_ptr + offset, y, mask=exists)
+    else:
+        gl.store(out_ptr + offset, y)
+
+
+@gluon.jit
+def _store(accs, out_ptr, kept_ptr, corner, phase, channel_0, sizes, pointers, numbers, FORM: gl.constexpr):
+    """A tile with its tail, and the value of that which is kept."""
     N, D, H, W = sizes
     n, d, h, w = corner
     phase_d, phase_h, phase_w = phase
@@ -172,7 +184,7 @@ def _store(accs, out_ptr, corner, phase, channel_0, sizes, pointers, numbers, FO
     high = load_coefficient(hi_ptr, hi, within, None, None)
     y = apply_coefficients(y, a, b, low, high, FORM.present[0], FORM.present[1], FORM.present[2], FORM.present[3])
     PROGRAM: gl.constexpr = FORM.program
-    y = apply_program(y, load_vectors(vectors_ptr, within, None, None, PROGRAM), (), PROGRAM)
+    values = values_of(y, load_vectors(vectors_ptr, within, None, None, PROGRAM), (), PROGRAM)
 
     O_D = D * FORM.stride[0] + (FORM.growth[0] - FORM.stride[0])
     O_H = H * FORM.stride[1] + (FORM.growth[1] - FORM.stride[1])
@@ -191,16 +203,12 @@ def _store(accs, out_ptr, corner, phase, channel_0, sizes, pointers, numbers, FO
     else:
         at = image * (FORM.C_out * plane) + (o_d * O_H + o_h) * O_W + o_w
         at, channel_at = _along(at, channel * plane, FORM)
-    y_ptr = out_ptr + n.to(gl.int64) * (plane * FORM.C_out) + (at + channel_at)
-    y = y.to(out_ptr.dtype.element_ty)
+    first = n.to(gl.int64) * (plane * FORM.C_out)
     exists = (n + image < N) & (o_d < O_D) & (o_h < O_H) & (o_w < O_W)
     exists, named = _along(exists, channel < FORM.C_out, FORM)
-    if FORM.C_out % FORM.channels != 0:
-        gl.store(y_ptr, y, mask=exists & named)
-    elif not FORM.whole:
-        gl.store(y_ptr, y, mask=exists)
-    else:
-        gl.store(y_ptr, y)
+    if FORM.kept is not None:
+        _put(kept_ptr + first, at + channel_at, values[FORM.kept], exists, named, FORM)
+    _put(out_ptr + first, at + channel_at, values[instructions_of(PROGRAM)], exists, named, FORM)
 
 
 @gluon.jit
@@ -247,7 +255,7 @@ def _multiply(xs, ws, full, empty, slot, turn, steps, INDEX: gl.constexpr, FORM:
 @gluon.jit
 def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
     """One tile after the other, and its half of the rows."""
-    out_ptr, xs, ws, full, empty, boxes, total, sizes, pointers, numbers = shared
+    out_ptr, kept_ptr, xs, ws, full, empty, boxes, total, sizes, pointers, numbers = shared
     slot = 0
     turn = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
@@ -259,12 +267,13 @@ def _consume(INDEX: gl.constexpr, shared, FORM: gl.constexpr):
             acc, slot, turn = _multiply(xs, ws, full, empty, slot, turn, steps, INDEX, FORM)
             accs = append(accs, acc)
         corner = _corner_of(2 * pair + INDEX, boxes, FORM)
-        _store(accs, out_ptr, corner, phase, channel_0, sizes, pointers, numbers, FORM)
+        _store(accs, out_ptr, kept_ptr, corner, phase, channel_0, sizes, pointers, numbers, FORM)
 
 
 @gluon.jit
 def hopper_product_kernel(
     out_ptr,
+    kept_ptr,
     x,
     weight,
     scale_ptr,
@@ -303,7 +312,7 @@ def hopper_product_kernel(
     boxes = (boxes_d, boxes_h, boxes_w)
     pointers = (scale_ptr, shift_ptr, lo_ptr, hi_ptr, vectors_ptr)
     source = (x, weight, xs, ws, full, empty, boxes, total)
-    rest = (out_ptr, xs, ws, full, empty, boxes, total, (N, D, H, W), pointers, (scale, shift, lo, hi))
+    rest = (out_ptr, kept_ptr, xs, ws, full, empty, boxes, total, (N, D, H, W), pointers, (scale, shift, lo, hi))
     gl.warp_specialize(
         [(_produce, (source, FORM)), (_consume, (0, rest, FORM)), (_consume, (1, rest, FORM))],
         [4, 4],

@@ -262,7 +262,7 @@ def _spread(parameter: torch.Tensor | float | None, x: torch.Tensor) -> torch.Te
 
 
 @triton.constexpr_function
-def _instructions(program):
+def instructions_of(program):
     return len(program.split("; ")) if program else 0
 
 
@@ -447,7 +447,7 @@ def _run(values, vectors, tensors, PROGRAM: tl.constexpr, INSTRUCTION: tl.conste
 def values_of(x, vectors, tensors, PROGRAM: tl.constexpr):
     """v0, v1, ..., from a tile of v0; the rest as ``load_vectors`` and ``load_tensors`` return them."""
     values = (x.to(tl.float32),)
-    for instruction in tl.static_range(_instructions(PROGRAM)):
+    for instruction in tl.static_range(instructions_of(PROGRAM)):
         values = append(values, _run(values, vectors, tensors, PROGRAM, instruction))
     return values
 
@@ -455,7 +455,7 @@ def values_of(x, vectors, tensors, PROGRAM: tl.constexpr):
 @triton.jit
 def apply_program(x, vectors, tensors, PROGRAM: tl.constexpr):
     """The program's last value."""
-    return values_of(x, vectors, tensors, PROGRAM)[_instructions(PROGRAM)]
+    return values_of(x, vectors, tensors, PROGRAM)[instructions_of(PROGRAM)]
 
 
 @triton.jit
@@ -464,7 +464,7 @@ def apply_keeping(x, vectors, tensors, kept_ptr, offset, exists, PROGRAM: tl.con
     values = values_of(x, vectors, tensors, PROGRAM)
     if kept_ptr is not None:
         tl.store(kept_ptr + offset, values[KEPT].to(kept_ptr.dtype.element_ty), mask=exists)
-    return values[_instructions(PROGRAM)]
+    return values[instructions_of(PROGRAM)]
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,7 +33,9 @@ from tests.kernels.compiling_hopper import CHIP, PROCESSORS, compiling, count, l
 from tests.kernels.convolutions import PUBLIC, Conv
 
 
-def compiled(conv: Conv, problem: Problem, config: Config, program: str = "") -> tuple[Compiled, Form]:
+def compiled(
+    conv: Conv, problem: Problem, config: Config, program: str = "", kept: int | None = None
+) -> tuple[Compiled, Form]:
     """With a shift for each channel and two bounds."""
     cut = product_for(problem, conv.x, config, PROCESSORS)
     taps = math.prod(axis.kernel for axis in conv.axes)
@@ -43,9 +46,10 @@ def compiled(conv: Conv, problem: Problem, config: Config, program: str = "") ->
     )
     given = coefficients_for(out, (None, torch.zeros(conv.C_out), None, None), (1.0, 0.0, 0.0, 0.5))
     columns = columns_of(program)
-    steps = Program(program, torch.zeros(conv.C_out, columns) if columns else None)
+    steps = Program(program, torch.zeros(conv.C_out, columns) if columns else None, kept=kept)
     with compiling(hopper_product):
-        launched = hopper_product.launch(out, x, packed, problem, cut, given, steps)
+        beside = None if kept is None else out
+        launched = hopper_product.launch(out, x, packed, problem, cut, given, steps, beside)
         form = hopper_product.prepare(problem, cut, conv.x, given.kinds, None, program).form
     return _read_nvidia(launched), form
 
@@ -126,6 +130,19 @@ def test_blocks_that_are_not_full_are_stored_as_wide() -> None:
     binary, form = compiled(conv, problem, CONFIGS[0])
     assert not form.whole and form.C_out % form.columns and form.C_in % form.depth
     assert not list(wrong(binary, form))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_a_value_that_is_kept_is_stored_as_the_result_is(last: bool, dtype: torch.dtype) -> None:
+    """Twice the stores, as wide, and no spills; the product is as it was."""
+    conv = DCGAN if last else HIFIGAN
+    problem = problem_of(conv, dtype, True, last)
+    config = configs_for(problem)[0]
+    (alone, form), (both, _) = (compiled(conv, problem, config, "leaky_relu v0 0.1", kept) for kept in (None, 0))
+    assert both.stores == {width: 2 * number for width, number in alone.stores.items()}
+    both = replace(both, shared=alone.shared)  # a pointer more to tell the consumers
+    assert not list(wrong(both, form))
 
 
 def test_a_program_leaves_the_product_as_it_is() -> None:

@@ -17,7 +17,7 @@ from fusion_backend.kernels import conv_transpose as kernels
 from fusion_backend.kernels import hopper, hopper_product
 from fusion_backend.kernels import problem as problems
 from fusion_backend.kernels.coefficients import coefficients_for
-from fusion_backend.kernels.conv_transpose import conv_transpose, reference
+from fusion_backend.kernels.conv_transpose import conv_transpose, conv_transpose_keeping, reference
 from fusion_backend.kernels.hopper_blocks import (
     CONFIGS,
     Config,
@@ -33,7 +33,7 @@ from fusion_backend.kernels.layout import empty
 from fusion_backend.kernels.phases import Axis
 from fusion_backend.kernels.plans import plan_named, plans_for
 from fusion_backend.kernels.problem import Problem, is_hopper, problem_for
-from fusion_backend.kernels.program import NO_PROGRAM, Program
+from fusion_backend.kernels.program import NO_PROGRAM, Program, reference_values
 from tests.kernels.convolutions import PUBLIC, Conv, assert_close, coefficients, eager
 from tests.kernels.implementations import DTYPES, GPU_MARKS, Value, split
 from tests.kernels.layouts import laid_out, unflattened
@@ -175,6 +175,34 @@ def test_programs(gpu: str, dtype: torch.dtype, last: bool, text: str) -> None:
     exact = reference(x.double(), weight.double(), conv.axes, shift=shift.double(), program=program)
     relative = ((y.double() - exact).norm() / exact.norm()).item()
     assert relative < (2e-3 if dtype == torch.float32 else 8e-3)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.parametrize("name", ["odd", "hifigan", "k2s2", "k3s2_3d"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_value_is_kept_beside_the_result(gpu: str, dtype: torch.dtype, last: bool, name: str, kept: int) -> None:
+    """By the operator that ``conv_transpose_keeping`` calls for a plan of this kernel; memory around both is left."""
+    conv = KINDS[name]
+    x, weight = conv.tensors(dtype, "cuda", True)
+    shift = torch.randn(conv.C_out, device="cuda")
+    program = Program("leaky_relu v0 0.1; tanh v1", kept=kept)
+    problem = problem_for(x, weight, conv.axes, 1, last, True)
+    plans = [plan for plan in plans_for(replace(problem, kept=True)) if plan.is_product]
+    assert plans and not any(plan.back for plan in plans)
+    sizes = [[getattr(axis, each) for axis in conv.axes] for each in kernels.AXIS]
+    exact = reference(x.double(), weight.double(), conv.axes, shift=shift.double())
+    values = reference_values(exact, program)
+    for plan in plans:
+        with mock.patch.object(hopper_product, "launched", side_effect=hopper_product.launched) as launches:
+            found = conv_transpose_keeping(
+                x, weight, *sizes, shift=shift, channels_last=last, plan=plan.name, program=program.text, kept=kept
+            )
+        assert launches.call_count == 1 and not hopper._broken
+        for y, expected in zip(found, (values[-1], values[kept]), strict=True):
+            assert (y.movedim(1, -1) if last else y).is_contiguous() and y.dtype == dtype
+            relative = ((y.double() - expected).norm() / expected.norm()).item()
+            assert relative < (2e-3 if dtype == torch.float32 else 8e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -11,9 +11,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from fusion_backend.kernels import conv_transpose, hopper_blocks, hopper_strips, row_march
+from fusion_backend.kernels import conv_transpose, hopper_strips, row_march
 from fusion_backend.kernels.coefficients import coefficients_for
 from fusion_backend.kernels.conv_transpose import reference
+from fusion_backend.kernels.hopper import Call
+from fusion_backend.kernels.hopper_keeping import conv_transpose_hopper_keeping
 from fusion_backend.kernels.plans import Plan, plans_for
 from fusion_backend.kernels.problem import Problem, problem_for
 from fusion_backend.kernels.program import Program, reference_values
@@ -167,6 +169,21 @@ def test_the_operator_passes_torchs_own_checks(name: str) -> None:
     torch.library.opcheck(operator, (x, weight, [2], [1], [1], [1]), options)
 
 
+def test_the_operator_for_hopper_passes_torchs_own_checks_and_does_without_one() -> None:
+    conv = SMALL[2]
+    x, weight = conv.tensors(torch.float32, "cpu")
+    axes = tuple(tuple(int(getattr(axis, name)) for axis in conv.axes) for name in conv_transpose.AXIS)
+    numbers = (1.0, 0.0, None, 0.5)
+    call = Call(axes, numbers, True, True, "product 128x64", "tanh v0", kept=0)
+    given = (x, weight, weight, None, torch.randn(6), None, None, None)
+    torch.library.opcheck(conv_transpose_hopper_keeping, (*given, call.text))
+    found = conv_transpose_hopper_keeping(*given, call.text)
+    values = (given[3], given[4], None, 0.5)
+    expected = by_operator(x, weight, conv, values, Program("tanh v0", kept=0), True)
+    for ours, true in zip(found, expected, strict=True):
+        assert is_laid_out(ours, True) and torch.equal(ours, true)
+
+
 def test_kernels_that_store_one_tensor_are_no_plans_for_it() -> None:
     def problem(conv: Conv, last: bool, kept: bool) -> Problem:
         x, weight, _ = conv.fakes(torch.float32, last, last)
@@ -180,9 +197,10 @@ def test_kernels_that_store_one_tensor_are_no_plans_for_it() -> None:
         for name in ("seed", "hifigan_up1"):
             both = [kinds(PUBLIC[name], last, False) for last in (False, True)]
             assert any(True in kind for each in both for kind in each)
-            assert {*kinds(PUBLIC[name], False, True), *kinds(PUBLIC[name], True, True)} == {(False, False, False)}
+            kept = {*kinds(PUBLIC[name], False, True), *kinds(PUBLIC[name], True, True)}
+            assert kept == {(False, False, False), (True, True, False)}
         given = problem(PUBLIC["seed"], True, True)
-    assert hopper_strips.why_not(given) == hopper_blocks.why_not(given) == "a value is kept"
+    assert hopper_strips.why_not(given) == "a value is kept"
 
 
 WIDE = Conv((2, 32, 17, 24), 40, (3,), (2,), (1,), (1,))
