@@ -28,10 +28,14 @@ from fusion_backend.kernels.support import why_unsupported
 from fusion_backend.options import Options
 from fusion_backend.patterns.coefficient import is_infinite, leaves
 from fusion_backend.patterns.gradient import Gate
+from fusion_backend.patterns.program import Program
 from fusion_backend.patterns.site import Site
 from fusion_backend.patterns.source import needs_gradient, value_of
 from fusion_backend.program_text import rereads, trained, written
 from fusion_backend.surroundings import Surroundings, is_read_from_memory, is_stored, saves_a_pass
+
+# Instructions of a program that are a few multiply-adds and comparisons.
+SIMPLE = ("affine", "add", "sub", "mul", "minimum", "maximum", "leaky_relu", "prelu")
 
 UNKNOWN_LAYOUT = "which layout Inductor gives the convolutions beside it cannot be told"
 RELAID_IN_TRAINING = (
@@ -106,7 +110,7 @@ def _keeps(site: Site, options: Options) -> bool:
 
     As it is measured, or else where the result is read from memory: a pass that writes it would read the first again.
     """
-    if site.keeping is None:
+    if site.keeping is None or not _is_simple(site.keeping):
         return False
     both = replace(site, program=site.keeping)
     if not is_read_from_memory(both.whole):
@@ -115,6 +119,15 @@ def _keeps(site: Site, options: Options) -> bool:
     if isinstance(alone, str):
         return True
     return isinstance(together, Prediction) and together.speedup > alone.speedup
+
+
+def _is_simple(program: Program) -> bool:
+    """Whether it takes a kernel no time to speak of, so that what a pass costs is memory alone.
+
+    Measured on an H200: DAC's decoder takes 11 % longer where its snakes' sines are worked out by the few warps of a
+    product than where they are in a pass behind it.
+    """
+    return all(each.name in SIMPLE for each in program.instructions)
 
 
 def _auto(site: Site, options: Options, around: Surroundings, problem: str | None, trains: bool, saves: bool) -> Choice:
@@ -133,7 +146,7 @@ def _auto(site: Site, options: Options, around: Surroundings, problem: str | Non
         if isinstance(found, str) or (isinstance(bare, Prediction) and bare.speedup > found.speedup):
             found, program = bare, False
     keeps = False
-    if site.keeping is not None and not relayout:
+    if site.keeping is not None and not relayout and _is_simple(site.keeping):
         both = measured_plan(replace(plain, program=site.keeping), options)
         if isinstance(both, Prediction) and (isinstance(found, str) or both.speedup > found.speedup):
             found, program, keeps = both, True, True
