@@ -99,6 +99,16 @@ def test_channels_last_stays_what_it_is() -> None:
             assert all(ours.stride() == theirs.stride() for ours, theirs in pairs)
 
 
+def test_a_site_that_becomes_channels_last_keeps_nothing() -> None:
+    """Both would have to be turned."""
+    with torch.no_grad():
+        model, x = HiFiGan(rank=2), torch.randn(2, 8, 5, 6)
+        compiled = torch.compile(model, backend=fused_post, options=FUSED, dynamic=False)
+        (site,) = explain(compiled, x).sites
+        assert site.kernel == "fused" and site.equation == "y = x + up.bias[c]"
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 def in_place_afterwards(m: Any, h: Tensor) -> Any:
     z = m.conv(torch.tanh(h))
     h.add_(1)
@@ -229,8 +239,10 @@ def test_a_stage_on_a_gpu(rank: int, dtype: torch.dtype, device: str, monkeypatc
     from torch._inductor.utils import run_and_get_code
 
     monkeypatch.setattr(choice, "measured_plan", lambda *given, **named: "nothing is measured")
-    model = HiFiGan(32, 24, rank).to(device, dtype)
-    x = torch.randn(2, 32, *(37, 12, 9)[:rank], device=device, dtype=dtype)
+    # A contiguous site in two dimensions would become channels_last with the convolutions beside it, and keep nothing.
+    memory_format = torch.channels_last if rank == 2 else torch.contiguous_format
+    model = HiFiGan(32, 24, rank).to(device, dtype, memory_format=memory_format)
+    x = torch.randn(2, 32, *(37, 12, 9)[:rank], device=device, dtype=dtype).to(memory_format=memory_format)
     compiled = torch.compile(model, backend=fused_post, options=FUSED)
     (site,) = explain(compiled, x).sites
     assert "y is kept" in site.equation
