@@ -75,8 +75,9 @@ def _close(walk: Walk, state: State, repeats: dict[fx.Node, int]) -> Closing | N
     memory: dict[fx.Node, object] = {**state.memory, **{node: node for node in repeats}}
     result = number[nodes[-1]]
     read = [name for name in number if not replaced.issuperset(name.users)]
-    others = {number[name] for name in read} - {result}
-    if len(others) > 1 or any(other > result for other in others):
+    leaving = {number[name] for name in read}
+    others = leaving - {result}
+    if len(others) > 1 or any(other > result for other in others) or (others and result not in leaving):
         return None
     for value in (result, *others):
         names = [name for name in read if number[name] == value]

@@ -141,7 +141,7 @@ def test_a_vocoder_and_its_report() -> None:
     report = explain(compiled, x)
     assert [site.prologue for site in report.sites] == ["v1 = leaky_relu(input, 0.1)"] * 2
     first = Vocoder.forward.__code__.co_firstlineno + 3
-    assert report.sites[0].source == f"test_prologue.py:{first}"
+    assert report.sites[0].source == f"test_prologue.py:{first}, test_prologue.py:{first + 1}"
     assert "       before  v1 = leaky_relu(input, 0.1)\n" in str(report)
     assert [site.prologue for site in explain(model, x).sites] == ["", ""]
 

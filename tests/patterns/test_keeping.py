@@ -268,6 +268,15 @@ def test_equal_values_that_nobody_can_tell_apart_are_one_without_a_kept_one_too(
     assert_eagers(gm, model, x)
 
 
+def test_nothing_is_kept_beside_a_result_that_nobody_reads() -> None:
+    def tail(m: Any, h: Tensor) -> Tensor:
+        torch.tanh(h)
+        return h.softmax(1)
+
+    _, site, _, _ = read(tail)
+    assert site.keeping is None and site.program is None
+
+
 def test_nothing_is_kept_where_a_gradient_flows() -> None:
     model, x = Model(hifigan), torch.randn(2, 4, 7)
     (site,) = (match(node, bare=True) for node in find_convolutions(dynamo(model, x)))
