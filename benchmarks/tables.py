@@ -39,10 +39,7 @@ def times(row: dict[str, Any]) -> dict[str, float]:
 
 
 def public() -> list[dict[str, Any]]:
-    """Those that were measured again as they were then."""
-    rows = load("conv_transpose-nvidia-h200-whole.json") + load("conv_transpose-nvidia-h200-whole-later.json")
-    latest = {(row["case"], row["dtype"], row["memory_format"]): row for row in rows}
-    return sorted(latest.values(), key=lambda row: list(CASES).index(row["case"]))
+    return sorted(load("conv_transpose-nvidia-h200-whole.json"), key=lambda row: list(CASES).index(row["case"]))
 
 
 def title(row: dict[str, Any]) -> list[str]:
@@ -156,10 +153,10 @@ def training(*names: str) -> str:
     return table(header, lines)
 
 
-def whole(name: str) -> str:
+def whole(*names: str) -> str:
     """Milliseconds of whole models, how many of their sites are fused, and the speedup over the best peer."""
     lines = []
-    rows = load(f"{name}_nvidia-h200.json")
+    rows = itertools.chain.from_iterable(map(load, names))
     speedups: dict[str, list[float]] = {"ms": [], "wall_ms": []}
     for row in sorted(rows, key=lambda row: int(row["case"]) if row["case"].isdigit() else 0):
         columns = {name: column for name, column in row["contenders"].items() if "ms" in column}
@@ -190,8 +187,8 @@ TABLES = {
     "growth": growth,
     "memory": memory,
     "counters": counters,
-    "kernelbench": functools.partial(whole, "kernelbench"),
-    "models": functools.partial(whole, "models"),
+    "kernelbench": functools.partial(whole, "kernelbench_nvidia-h200.json"),
+    "models": functools.partial(whole, "models_nvidia-h200.json", "models_nvidia-h200-later.json"),
 }
 FILES = ("README.md", "docs/performance.md")
 
