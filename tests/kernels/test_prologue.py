@@ -84,8 +84,8 @@ def turned_in_interpreter(
         patch.setitem(TWIN.launch_plan.__globals__, "launch", lambda *args: seen.append(args) or launch(*args))
         packed = TWIN.pack_for(plan, weight, problem)
         TWIN.launch_plan(out, x, packed, problem, plan, given, program=Program(tail), prologue=prologue)
-    ((*_, before),) = seen
-    assert before == NO_PROGRAM
+    ((*_, before, kept),) = seen
+    assert before == NO_PROGRAM and kept is None
     return out
 
 
