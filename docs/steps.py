@@ -44,7 +44,8 @@ VALUES = """
 A value may be read more than once, as in `x * sigmoid(x)`, if all its readers belong to the tail: `add`, `sub`, `rsub`
 (with a constant `alpha`), `mul`, `div`, `minimum` and `maximum` of two such values are steps. In inference one value in
 front of the result may have other readers as well, or be returned, as the up-convolution's output of a HiFi-GAN: the
-fused kernel then stores both. Where it cannot, and in training, the tail ends at that value. A step that is written out
+fused kernel then stores both, if the steps behind that value are a few multiply-adds and comparisons (a leaky_relu, a
+prelu, sums and products). Otherwise, and in training, the tail ends at that value. A step that is written out
 again, on the same value and with the same parameters, counts as the value that is there already, unless a write in
 between, or afterwards, could tell them apart. `detach()`, `clone()` and
 a reshape to the same shape are taken along. So is a tensor of the convolution's shape, dtype and memory format in the

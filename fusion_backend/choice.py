@@ -74,6 +74,8 @@ class Choice:
 
 def choose(site: Site, options: Options, around: Surroundings = ALONE) -> Choice:
     requested, functions = options.kernel, around.functions
+    if site.keeping is not None and not _is_simple(site.keeping):
+        site = replace(site, keeping=None)
     if "_make_dual" in functions:
         return Choice(None, "a forward-mode tangent flows through it, and folding would change it at the bounds")
     if "_vmap_increment_nesting" in functions and torch.is_grad_enabled():
@@ -110,7 +112,7 @@ def _keeps(site: Site, options: Options) -> bool:
 
     As it is measured, or else where the result is read from memory: a pass that writes it would read the first again.
     """
-    if site.keeping is None or not _is_simple(site.keeping):
+    if site.keeping is None:
         return False
     both = replace(site, program=site.keeping)
     if not is_read_from_memory(both.whole):
@@ -146,7 +148,7 @@ def _auto(site: Site, options: Options, around: Surroundings, problem: str | Non
         if isinstance(found, str) or (isinstance(bare, Prediction) and bare.speedup > found.speedup):
             found, program = bare, False
     keeps = False
-    if site.keeping is not None and not relayout and _is_simple(site.keeping):
+    if site.keeping is not None and not relayout:
         both = measured_plan(replace(plain, program=site.keeping), options)
         if isinstance(both, Prediction) and (isinstance(found, str) or both.speedup > found.speedup):
             found, program, keeps = both, True, True
