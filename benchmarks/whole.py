@@ -54,7 +54,7 @@ Inputs = tuple[Tensor, ...]
 Build = Callable[[bool], tuple[nn.Module, Inputs]]
 
 IMAGES = 8  # that are compared at a time, and of a larger batch with float64: half of them at either end
-ROUNDS = 30  # at most
+ROUNDS = 30  # at most, for each second of measuring
 
 # Behind a graph break the contenders share code, and with it Dynamo's cache, unless each has its own.
 ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
@@ -141,10 +141,11 @@ class Row:
 
     def measure(self, seconds: float) -> dict[str, object]:
         columns = self.columns
-        for name, times in in_turn(self.correct, self.device, seconds, ROUNDS, "ahead").items():
+        most = max(10, round(ROUNDS * seconds))
+        for name, times in in_turn(self.correct, self.device, seconds, most, "ahead").items():
             columns[name] |= summary(times)
         if self.device == "cuda":
-            for name, times in in_turn(self.correct, self.device, seconds / 2, ROUNDS, "waited for").items():
+            for name, times in in_turn(self.correct, self.device, seconds / 2, most, "waited for").items():
                 columns[name]["wall_ms"] = statistics.median(times)
             for name, run in self.correct.items():
                 columns[name]["peak_bytes"] = peak_bytes(run)

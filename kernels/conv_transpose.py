@@ -68,6 +68,7 @@ from fusion_backend.kernels.packing import Packing
 from fusion_backend.kernels.phases import Axis
 from fusion_backend.kernels.plans import Plan, choose_plan, plan_named, plans_for, plans_for_bits, why_no_bits
 from fusion_backend.kernels.problem import Problem, problem_for
+from fusion_backend.kernels.products import waited_for
 from fusion_backend.kernels.program import (
     NO_PROGRAM,
     Program,
@@ -297,6 +298,7 @@ def _conv_transpose_kernel(
     JOINED: tl.constexpr,
     DOT: tl.constexpr,
     TF32: tl.constexpr,
+    WAITS: tl.constexpr,
     AHEAD: tl.constexpr,
     LONG: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -445,6 +447,8 @@ def _conv_transpose_kernel(
                 if TF32:
                     x = rounded_to_tf32(x)
                 acc = tl.dot(x, w, acc, input_precision="tf32" if TF32 else "ieee")
+                if WAITS:
+                    acc = waited_for(acc, step < steps)
             else:
                 acc += x.to(tl.float32) * w.to(tl.float32)[None, :]
 
@@ -619,6 +623,7 @@ def launch(
         JOINED=tiling.joined,
         DOT=problem.dot,
         TF32=problem.tf32,
+        WAITS=problem.waits(prologue.text != ""),
         AHEAD=problem.ahead,
         LONG=takes_long_offsets(x, out, packed),
         BLOCK_M=tiling.config.rows,

@@ -17,6 +17,9 @@ HOPPER = 9  # major compute capability
 
 GLUON = "triton.experimental.gluon.nvidia.hopper"
 
+# GPUs with more than this read the operands of a product from there, asynchronously.
+LARGE_SHARED_MEMORY = 192 * 1024
+
 # What every GPU gives to a block.
 LEAST_SHARED_MEMORY = 64 * 1024
 
@@ -52,6 +55,11 @@ class Problem:
     def ahead(self) -> bool:
         """Whether x is loaded into registers, one step ahead: 2 bytes at a time is too little for a copy past them."""
         return self.dot and self.dtype.itemsize == 2 and not self.x_last and self.axes[2].moves
+
+    def waits(self, prologue: bool) -> bool:
+        """Whether products must end within their step of a loop: Hopper's, of an x that is in registers."""
+        asynchronous = self.shared_limit > LARGE_SHARED_MEMORY and not self.tensor_memory
+        return asynchronous and self.dot and (self.tf32 or prologue)
 
 
 def problem_for(

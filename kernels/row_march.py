@@ -36,6 +36,7 @@ from fusion_backend.kernels.gate import EVERYTHING, Gate, passes_gate, store_bit
 from fusion_backend.kernels.launching import takes_long_offsets, unit_of
 from fusion_backend.kernels.packing import Packing
 from fusion_backend.kernels.problem import Problem
+from fusion_backend.kernels.products import waited_for
 from fusion_backend.kernels.program import (
     NO_PROGRAM,
     Program,
@@ -257,6 +258,7 @@ def _row_march_kernel(
     GROWTH_W: tl.constexpr,
     MOVES_W: tl.constexpr,
     TF32: tl.constexpr,
+    WAITS: tl.constexpr,
     LONG: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -380,6 +382,8 @@ def _row_march_kernel(
                     else:
                         acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
                     acc = _add_taps(acc, xs, ws, r, (e_m, e_w), KERNEL, STRIDE, PADDING, FIRST, SHIFTS, TF32)
+                    if r >= STRIDE_R and WAITS:
+                        acc = waited_for(acc, row < end_row)
                     if r < STRIDE_R:
                         acc = apply_coefficients(acc, scale, shift, lo, hi, HAS_SCALE, HAS_SHIFT, False, False)
                         if bits_ptr is not None:
@@ -503,6 +507,7 @@ def launch(
         GROWTH_W=column.growth,
         MOVES_W=column.moves,
         TF32=problem.tf32,
+        WAITS=problem.waits(prologue.text != ""),
         LONG=takes_long_offsets(x, out, packed),
         BLOCK_P=march.config.pixels,
         BLOCK_C=march.config.channels,

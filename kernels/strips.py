@@ -14,7 +14,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
 from fusion_backend.kernels.phases import Axis
-from fusion_backend.kernels.problem import SMALLEST_EDGE, Problem
+from fusion_backend.kernels.problem import LARGE_SHARED_MEMORY, SMALLEST_EDGE, Problem
 from fusion_backend.kernels.rounding import cdiv, next_power_of_2
 from fusion_backend.kernels.tiling import ENOUGH_PROGRAMS, NO_WASTE
 
@@ -47,9 +47,6 @@ BARRIERS = 256
 
 # What a multiprocessor keeps of its shared memory for each block.
 RESERVED = 1024
-
-# GPUs with more than this read the operands of a product from there, asynchronously.
-LARGE_SHARED_MEMORY = 192 * 1024
 
 # AMD's alone have so little; a thread of eight of their larger warps has too few registers.
 LITTLE_SHARED_MEMORY = 64 * 1024
