@@ -31,7 +31,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -44,7 +44,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import kernelbench, models, rows
 from benchmarks.cases import CASES, Case
 from benchmarks.measure import TOLERANCE, environment, in_turn, peak_bytes, summary
-from benchmarks.sites import backend
+from benchmarks.sites import backend, twin
 from fusion_backend import evidence
 from fusion_backend.kernels import conv_transpose as kernels
 from fusion_backend.kernels import epilogue, hopper_blocks, hopper_march, hopper_product, hopper_strips, row_march
@@ -246,17 +246,18 @@ class Row:
         contenders["eager"] = lambda: self.model(self.x)
         if inductor:
             options = {"fused_post.kernel": "fused", "fused_post.strict": True}
-            fused = torch.compile(self.model, backend=backend(), fullgraph=True, dynamic=False, options=options)
+            fused, graphed = (
+                torch.compile(twin(self.model, name), backend=backend(), fullgraph=True, dynamic=False, options=options)
+                for name in ("fused_post", "graphed")
+            )
             contenders["fused_post"] = lambda: fused(self.x)
             if plans not in SWEEPS:
-                # With an option more, and that Inductor's default: Dynamo would find the other's code, and its plan.
-                other = options | {"triton.unique_kernel_names": True}
-                graphed = torch.compile(self.model, backend=backend(), fullgraph=True, dynamic=False, options=other)
                 contenders["fused_post in CUDA graphs"] = lambda: self.replayed(graphed)
         for name in inductor:
             # Without CUDA graphs of their own, since every contender is run as one.
             mode = "max-autotune-no-cudagraphs" if name.endswith("autotune") else None
-            compiled = torch.compile(self.model, mode=mode, fullgraph=True, dynamic=False)
+            model = twin(self.model, name.replace(" ", "_").replace("-", "_"))
+            compiled = torch.compile(model, mode=mode, fullgraph=True, dynamic=False)
             contenders[name] = lambda compiled=compiled: compiled(self.x)
         return contenders
 
@@ -301,10 +302,10 @@ class Row:
             columns[name] |= summary(times)
         if self.times_host:
             torch._dynamo.reset()  # what was compiled for other rows since, which guards would have to tell apart
-            for name, run in self.compiled.items():
-                if name in self.correct:
-                    columns[name]["host_us"] = host_us(run)
-                    columns[name]["peak_bytes"] = peak_bytes(run)
+            runs = {name: run for name, run in self.compiled.items() if name in self.correct}
+            for name, us in host_us(runs).items():
+                columns[name]["host_us"] = us
+                columns[name]["peak_bytes"] = peak_bytes(runs[name])
         best = min((columns[name]["ms"] for name in PEERS if name in self.correct), default=math.nan)
         moved = self.x.nbytes + self.out.nbytes + self.weight.nbytes
         for name in self.correct:
@@ -343,15 +344,18 @@ def as_graph(run: Callable[[], object]) -> Callable[[], object]:
     return lambda kept=run: graph.replay()  # what ``run`` holds must live as long as the graph, which reads it
 
 
-def host_us(run: Callable[[], object], calls: int = 30) -> float:
-    """Microseconds that the host takes over a call that it does not wait for: the median."""
-    times = []
-    for _ in range(calls):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+def host_us(runs: Mapping[str, Callable[[], object]], rounds: int = 100) -> dict[str, float]:
+    """Microseconds that the host takes over a call that it does not wait for: medians, the contenders in turn."""
+    for run in runs.values():  # compiles anew
         run()
-        times.append((time.perf_counter() - start) * 1e6)
-    return round(statistics.median(times), 1)
+    names, times = list(runs), {name: [] for name in runs}
+    for first in range(rounds):
+        for name in names[first % len(names) :] + names[: first % len(names)]:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            runs[name]()
+            times[name].append((time.perf_counter() - start) * 1e6)
+    return {name: round(statistics.median(each), 1) for name, each in times.items()}
 
 
 def is_ours(name: str) -> bool:

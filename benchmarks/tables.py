@@ -188,7 +188,7 @@ TABLES = {
     "memory": memory,
     "counters": counters,
     "kernelbench": functools.partial(whole, "kernelbench_nvidia-h200.json"),
-    "models": functools.partial(whole, "models_nvidia-h200.json", "models_nvidia-h200-later.json"),
+    "models": functools.partial(whole, "models_nvidia-h200.json"),
 }
 FILES = ("README.md", "docs/performance.md")
 

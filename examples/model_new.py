@@ -162,6 +162,10 @@ def row_march_kernel(
                     if (e + PADDING_W - tap) % STRIDE_W == 0:
                         x = xs[(e + PADDING_W - tap) // STRIDE_W - FIRST]
                         acc = tl.dot(x, ws[r * KERNEL_W + tap], acc, input_precision="tf32" if TF32 else "ieee")
+                if r >= STRIDE_H and TF32:
+                    # Else Hopper's product is under way when the next row comes into the registers that it reads:
+                    # within a row triton waits only for what something else than a product reads.
+                    acc = tl.where(row < end_row, acc, 0.0)
                 if r < STRIDE_H:
                     # Without propagate_nan a NaN would come out as a bound.
                     acc = tl.maximum(acc + shift[None, :], lo, propagate_nan=tl.PropagateNan.ALL)

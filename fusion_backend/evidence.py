@@ -84,7 +84,7 @@ def predict(
     fitting = {plan.name: plan for plan in plans_for(problem)}
     predictions = [_prediction(problem, case, fitting, replayed, beside) for case in deciding]
     if any(prediction is None for prediction in predictions):
-        return f"at a most similar measured case, {deciding[0].name}, no plan of ours that fits here was right"
+        return f"at a most similar measured case, {deciding[0].name}, no plan of ours that fits here was exact enough"
     first, *others = (prediction for prediction in predictions if prediction is not None)
     exact = _distance(problem, tuple(shape), deciding[0]) == 0
     ruled = choose_plan(problem, tuple(shape))

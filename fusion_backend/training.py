@@ -98,7 +98,7 @@ def predict(problem: Problem, shape: Sequence[int], kind: str, gpu: str, replaye
     opaque = {FUSED} if bits and not replayed and _is_opaque(problem, tuple(shape)) else set()
     ways = [_prediction(way, near, way in opaque) for way in near[0].plans if all(way in case.plans for case in near)]
     if not ways:
-        return f"at a most similar measured case, {near[0].name}, no way of ours was right"
+        return f"at a most similar measured case, {near[0].name}, no way of ours was exact enough"
     return max(ways, key=lambda way: (way.is_taken, way.speedup))
 
 

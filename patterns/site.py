@@ -216,7 +216,7 @@ class _Walk:
         if user.op == "output":
             return Miss("the value leaves the graph", user, word(user))
         if call is None:
-            return Miss("not an affine or clamp operation", user, word(user))
+            return Miss("no step of a tail", user, word(user))
         if call.in_place and not call.writes_to(self.names):
             return Miss("it writes to another tensor", user, word(user))
         steps = read_steps(call, self.names, self.convolution)

@@ -115,7 +115,7 @@ def test_of_another_size_the_march_is_cut_by_the_rule(monkeypatch: pytest.Monkey
 def test_a_case_where_no_plan_was_right_speaks_against_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence, "measured", lambda gpu: (case("wrong", 16, {}), CASES[1]))
     found = predict(replace(SEED, positions=20 * 64 * 64), (20, 64, 64, 64), "known")
-    assert found == "at a most similar measured case, wrong, no plan of ours that fits here was right"
+    assert found == "at a most similar measured case, wrong, no plan of ours that fits here was exact enough"
 
 
 def test_what_ships_is_read() -> None:
