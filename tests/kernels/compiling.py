@@ -7,14 +7,14 @@ The kernels come from the launcher itself, so what is compiled is what ships. Ea
 no result need show, see under_way.py.
 """
 
+import functools
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,12 +50,13 @@ CHIPS = {
 }
 
 
+# In PTX, and in AMD's assembly.
 TENSOR_CORES = {
-    "sm_80": r"\bHMMA\.",
-    "sm_89": r"\bHMMA\.",
-    "sm_90": r"\bHGMMA\.",
-    "sm_100": r"\bUTC\w*MMA",
-    "sm_120": r"\bHMMA\.",
+    "sm_80": r"\bmma\.sync",
+    "sm_89": r"\bmma\.sync",
+    "sm_90": r"\bwgmma\.mma_async",
+    "sm_100": r"\btcgen05\.mma",
+    "sm_120": r"\bmma\.sync",
     "gfx942": r"\bv_mfma_",
 }
 
@@ -86,14 +87,24 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a launch compiled to. ``loads`` and ``stores`` count global accesses by their width in bits."""
+    """What a launch compiled to. ``loads``, ``stores`` and ``copies`` count global accesses by their width in bits.
+
+    ``copies`` are those to shared memory, ``spills`` bytes of the stack, on AMD registers. ``ptx`` is AMD's assembly
+    there. ``assembly`` is read when it is asked for: NVIDIA's disassembler takes half a second, as long as the rest.
+    """
 
     registers: int
     spills: int
     shared: int
     loads: Counter[int]
     stores: Counter[int]
-    assembly: str
+    copies: Counter[int]
+    ptx: str = field(compare=False, repr=False)
+    disassemble: Callable[[], str] = field(compare=False, repr=False)
+
+    @functools.cached_property
+    def assembly(self) -> str:
+        return self.disassemble()
 
 
 def record_launches(module: ModuleType, run: Callable[[], object]) -> list[Launch]:
@@ -152,7 +163,7 @@ def _type_of(value: Any, number: str) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-@cache
+@functools.cache
 def _cuobjdump() -> Path:
     import triton.backends.nvidia
 
@@ -160,30 +171,37 @@ def _cuobjdump() -> Path:
 
 
 def _read_nvidia(compiled: Any) -> Compiled:
-    assert not (early := overwritten(compiled.asm["ptx"])), f"products still read what these write: {early}"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
+    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    assert not (early := overwritten(ptx)), f"products still read what these write: {early}"
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", _dumped(cubin, "-res-usage")).groups()
 
-        def dump(flag: str) -> str:
-            return subprocess.run([_cuobjdump(), flag, cubin.name], capture_output=True, text=True, check=True).stdout
+    def widths(direction: str) -> Counter[int]:
+        accesses = re.findall(rf"\b{direction}\.global((?:\.[\w:]+)+)", ptx)
+        return Counter(int(re.search(r"\.[busf](\d+)$", each).group(1)) * _vector(each) for each in accesses)
 
-        usage, assembly = dump("-res-usage"), dump("-sass")
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return Compiled(
         registers=int(registers),
-        spills=int(stack) + len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
+        spills=int(stack),
         shared=compiled.metadata.shared,
-        loads=Counter(_sass_width(m) for m in re.findall(r"\bLDG\.(\S+)", assembly)),
-        stores=Counter(_sass_width(m) for m in re.findall(r"\bSTG\.(\S+)", assembly)),
-        assembly=assembly,
+        loads=widths("ld"),
+        stores=widths("st"),
+        copies=Counter(8 * int(size, 0) for size in re.findall(r"\bcp\.async\.c[ag]\.[^\]]*\][^\]]*\], (\w+)", ptx)),
+        ptx=ptx,
+        disassemble=lambda: _dumped(cubin, "-sass"),
     )
 
 
-def _sass_width(modifiers: str) -> int:
-    """LDG.E.EF.128.CONSTANT is 128 bits wide, LDG.E.U16 16, and LDG.E 32."""
-    widths = re.findall(r"\b[US]?(8|16|64|128|256)\b", modifiers)
-    return int(widths[0]) if widths else 32
+def _dumped(cubin: bytes, flag: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([_cuobjdump(), flag, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _vector(modifiers: str) -> int:
+    """st.global.v4.b32 is of four."""
+    found = re.search(r"\.v(\d)\b", modifiers)
+    return int(found.group(1)) if found else 1
 
 
 def _read_amd(compiled: Any) -> Compiled:
@@ -202,7 +220,9 @@ def _read_amd(compiled: Any) -> Compiled:
         shared=compiled.metadata.shared,
         loads=widths("load"),
         stores=widths("store"),
-        assembly=assembly,
+        copies=Counter(),
+        ptx=assembly,
+        disassemble=lambda: assembly,
     )
 
 

@@ -16,7 +16,7 @@ import torch
 import triton.experimental.gluon  # Triton imports it late, and it must not meet interpreted functions then  # noqa: F401
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, InterpreterOptions, TensorHandle
 from triton.runtime.jit import JITFunction
 
 
@@ -47,28 +47,30 @@ def _rebind(function: Any, namespace: dict[str, Any]) -> FunctionType:
 class _Interpreted(InterpretedFunction):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         with (
-            _interpreted_standard_library(),
             mock.patch.multiple(InterpreterBuilder, cast_impl=_cast, create_dot=_dot),
             mock.patch.object(interpreter, "_patch_lang_tensor", _patch_tensor),
+            mock.patch.object(interpreter.interpreter_builder, "options", _OPTIONS),
+            _interpreted_language(),
         ):
             return super().run(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the base class, which never takes its patches of ``tl`` back after a call from within a kernel."""
-        scope = interpreter._patch_lang(self.fn)
-        try:
-            return self.rewrite()(*args, **kwargs)
-        finally:
-            scope.restore()
+        """From within a kernel. The base class would patch ``tl`` anew, as it is patched already, at each call."""
+        return self.rewrite()(*args, **kwargs)
+
+
+# Compiled kernels do not look for overflow either; it would take half of the time.
+_OPTIONS = InterpreterOptions(sanitize_overflow=False)
 
 
 @contextmanager
-def _interpreted_standard_library() -> Iterator[None]:
-    """Part of ``tl`` (cdiv, zeros, ...) is itself written in Triton.
+def _interpreted_language() -> Iterator[None]:
+    """``tl``, and that part of it (cdiv, zeros, ...) which is itself written in Triton, and reads ``tl.core``.
 
     In ``tl.standard`` too: by the functions that stand there the interpreter knows a sum from any other reduction,
     which it would work out one element at a time.
     """
+    language = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     scope = interpreter._LangPatchScope()
     try:
         for place, name, value in _PATCHES:
@@ -76,6 +78,7 @@ def _interpreted_standard_library() -> Iterator[None]:
         yield
     finally:
         scope.restore()
+        language.restore()
 
 
 _PATCHES = [

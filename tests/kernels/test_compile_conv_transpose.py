@@ -88,14 +88,13 @@ def problems(compiled: Compiled, launch: Launch, chip: str) -> Iterator[str]:
     if min(compiled.stores) < narrowest:
         yield f"stores {dict(compiled.stores)}, not of at least {narrowest} bits"
     exact = launch.arguments["TF32"] is False and launch.arguments["x_ptr"].dtype == torch.float32
-    if product and not (exact and chip != "gfx942") and not re.search(TENSOR_CORES[chip], compiled.assembly):
+    if product and not (exact and chip != "gfx942") and not re.search(TENSOR_CORES[chip], compiled.ptx):
         yield "no tensor cores"
     if product and launch.arguments["X_LAST"] and chip != "gfx942":
-        copies = re.findall(r"\bLDGSTS\.(\S+)", compiled.assembly)
         # 16 columns of the weight are less than 16 bytes a thread.
         narrow = launch.arguments["BLOCK_C"] * launch.arguments["BLOCK_K"] <= 16 * 32
-        if not copies or not all("128" in each or (narrow and "64" in each) for each in copies):
-            yield f"copies to shared memory {set(copies)}, not of 128 bits alone"
+        if not compiled.copies or set(compiled.copies) - {128, *((64,) if narrow else ())}:
+            yield f"copies to shared memory {dict(compiled.copies)}, not of 128 bits alone"
 
 
 def first_use(uses: tuple, config: Config, chip: str, allow_tf32: bool = True) -> Launch:

@@ -1,7 +1,5 @@
 """The kernel that packs a weight, compiled for every GPU we support: a large one moves 16 bytes a thread."""
 
-import re
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,5 +28,4 @@ def test_wide_accesses_and_no_spills(name: str, chip: str) -> None:
         compiled = compile_launch(launch, CHIPS[chip])
         assert compiled.spills == 0
         assert compiled.stores and min(compiled.stores) == 128
-        loads = re.findall(r"\bLDG\.(\S+)", compiled.assembly)
-        assert chip == "gfx942" or (loads and all(load.endswith("128") for load in loads))
+        assert chip == "gfx942" or set(compiled.loads) == {128}

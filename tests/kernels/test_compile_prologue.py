@@ -70,7 +70,7 @@ def test_no_spills_and_room_in_shared_memory(kind: str, chip: str) -> None:
         spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", compiled.assembly).group(1))
     assert spills == 0, f"{compiled.registers} registers"
     assert compiled.shared <= CHIPS[chip].shared_limit
-    assert re.search(TENSOR_CORES[chip], compiled.assembly)
+    assert re.search(TENSOR_CORES[chip], compiled.ptx)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -84,6 +84,6 @@ def test_products_on_hopper_do_not_wait_for_each_other_behind_a_prologue(dtype: 
 def test_what_inductor_writes_out_again_compiles_to_the_same(kernel: str, tmp_path: Path) -> None:
     launch = launch_of(kernel, "sm_90", SNAKE)
     ours, theirs = written_out_again(launch, tmp_path)
-    assert replace(theirs, assembly="") == replace(ours, assembly="")
+    assert theirs == ours
     assert Counter(operations(theirs)) == Counter(operations(ours))
     assert written_to(launch) == ["out_ptr"]

@@ -85,11 +85,10 @@ def problems(compiled: Compiled, launch: Launch, problem: Problem, chip: str) ->
     narrowest = 64 if chip == "gfx942" else 128
     if min(compiled.stores, default=0) < narrowest:
         yield f"stores {dict(compiled.stores)}, not of at least {narrowest} bits"
-    if not re.search(TENSOR_CORES[chip], compiled.assembly):
+    if not re.search(TENSOR_CORES[chip], compiled.ptx):
         yield "no tensor cores"
-    copies = re.findall(r"\bLDGSTS\.(\S+)", compiled.assembly)
-    if problem.x_last and chip != "gfx942" and not (copies and all("128" in each for each in copies)):
-        yield f"copies to shared memory {set(copies)}, not of 128 bits alone"
+    if problem.x_last and chip != "gfx942" and set(compiled.copies) != {128}:
+        yield f"copies to shared memory {dict(compiled.copies)}, not of 128 bits alone"
 
 
 def name_of(config: Config) -> str:
