@@ -54,7 +54,7 @@ Inputs = tuple[Tensor, ...]
 Build = Callable[[bool], tuple[nn.Module, Inputs]]
 
 IMAGES = 8  # that are compared at a time, and of a larger batch with float64: half of them at either end
-ROUNDS = 30  # at most, for each second of measuring
+ROUNDS = 30  # of each measurement, at most, for each of the seconds asked for
 
 # Behind a graph break the contenders share code, and with it Dynamo's cache, unless each has its own.
 ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
@@ -141,7 +141,7 @@ class Row:
 
     def measure(self, seconds: float) -> dict[str, object]:
         columns = self.columns
-        most = max(10, round(ROUNDS * seconds))
+        most = round(ROUNDS * seconds)
         for name, times in in_turn(self.correct, self.device, seconds, most, "ahead").items():
             columns[name] |= summary(times)
         if self.device == "cuda":

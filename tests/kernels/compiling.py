@@ -89,8 +89,8 @@ class Launch:
 class Compiled:
     """What a launch compiled to. ``loads``, ``stores`` and ``copies`` count global accesses by their width in bits.
 
-    ``copies`` are those to shared memory, ``spills`` bytes of the stack, on AMD registers. ``ptx`` is AMD's assembly
-    there. ``assembly`` is read when it is asked for: NVIDIA's disassembler takes half a second, as long as the rest.
+    ``copies`` are those to shared memory; ``spills`` bytes of the stack and accesses to it, on AMD registers. On AMD
+    ``ptx`` is its assembly. ``assembly`` is read when it is asked for: NVIDIA's disassembler takes as long as the rest.
     """
 
     registers: int
@@ -173,15 +173,15 @@ def _cuobjdump() -> Path:
 def _read_nvidia(compiled: Any) -> Compiled:
     ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
     assert not (early := overwritten(ptx)), f"products still read what these write: {early}"
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", _dumped(cubin, "-res-usage")).groups()
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", _dumped(cubin, "-res-usage")).groups())
 
     def widths(direction: str) -> Counter[int]:
         accesses = re.findall(rf"\b{direction}\.global((?:\.[\w:]+)+)", ptx)
         return Counter(int(re.search(r"\.[busf](\d+)$", each).group(1)) * _vector(each) for each in accesses)
 
     return Compiled(
-        registers=int(registers),
-        spills=int(stack),
+        registers=registers,
+        spills=stack and stack + len(re.findall(r"\b(?:LDL|STL)\b", _dumped(cubin, "-sass"))),
         shared=compiled.metadata.shared,
         loads=widths("ld"),
         stores=widths("st"),

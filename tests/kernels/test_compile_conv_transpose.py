@@ -22,6 +22,7 @@ from fusion_backend.kernels.tiling import (
     tiling_for,
 )
 from tests.kernels.compiling import CHIPS, TENSOR_CORES, Compiled, Launch, compile_launch, on_chip, record_launches
+from tests.kernels.compiling_hopper import count, loops
 from tests.kernels.convolutions import PUBLIC, Conv
 from tests.kernels.inductor import assert_written_out_again, written_to
 
@@ -136,14 +137,14 @@ def test_what_the_public_cases_get(conv: Conv, dtype: torch.dtype, last: bool, c
     assert list(problems(compiled, launch, chip)) == expected
 
 
-def test_tensor_core_products_on_hopper_are_not_made_to_wait_for_each_other() -> None:
-    """ptxas makes them where accumulators do not stay in their registers, and says nothing."""
-    for dtype in (torch.float32, torch.bfloat16):
-        launch, _ = launch_of(PUBLIC["dcgan_64"], dtype, True, True, "sm_90")
-        assembly = compile_launch(launch, CHIPS["sm_90"]).assembly
-        assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", assembly)) == 1, (
-            "one wait behind the loop, none in it"
-        )
+@pytest.mark.parametrize(("dtype", "in_step"), [(torch.float32, 1), (torch.bfloat16, 0)], ids=str)
+def test_products_on_hopper_wait_in_a_step_only_where_they_read_registers(dtype: torch.dtype, in_step: int) -> None:
+    """Else behind the loop. ptxas adds waits where accumulators do not stay in their registers, and says nothing."""
+    launch, _ = launch_of(PUBLIC["dcgan_64"], dtype, True, True, "sm_90")
+    assembly = compile_launch(launch, CHIPS["sm_90"]).assembly
+    wait = r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x0"
+    (step,) = [code for code in loops(assembly) if count(r"\bHGMMA\.", code)]
+    assert count(wait, step) == in_step and len(re.findall(wait, assembly)) == 1
 
 
 RELOADED = [

@@ -2,7 +2,8 @@
 
 ``wgmma.mma_async`` may read its first operand from registers, and does so until a ``wgmma.wait_group`` says that it is
 done; that nothing writes them until then is left to whoever makes the PTX (PTX ISA, "Asynchronous Warpgroup Level
-Matrix Instructions"). Every path through the kernel is followed, until what is under way there repeats.
+Matrix Instructions"). Every path through the kernel is followed, until what is under way there repeats. Accumulators
+and operands in shared memory are not looked at.
 """
 
 import re
@@ -48,6 +49,10 @@ def overwritten(ptx: str) -> list[str]:
             found[each.text] = None
         after = behind(each, groups)
         todo += [(following, after) for following in each.following]
+    reached = {at for at, _ in seen}
+    products = [at for at, each in enumerate(program) if each.name.startswith("wgmma.mma_async")]
+    assert len(products) == ptx.count("wgmma.mma_async"), "a product that was not read"
+    assert reached.issuperset(products), "a product on no path that was found"
     return list(found)
 
 
@@ -77,15 +82,16 @@ def registers(text: str) -> frozenset[str]:
 
 
 def instructions(ptx: str) -> list[Instruction]:
-    """Without guards, labels and directives."""
-    labels: dict[str, int] = {}
+    """Without guards, labels, directives and braces around blocks."""
+    labels: dict[str, list[int]] = {}
     tables: dict[str, list[str]] = {}
     lines: list[tuple[str, bool]] = []
     _, _, body = re.sub(r"//.*", "", ptx).partition(".entry")
+    body = re.sub(r"\.branchtargets[^;]*", lambda found: " ".join(found.group().split()), body)
     for line in re.split(r"[;\n]", body[body.index("\n{") :]):
-        label, text = re.fullmatch(r"\s*(?:([$\w]+):)?\s*(.*?)\s*", line).groups()
+        label, text = re.fullmatch(r"[\s{}]*(?:([$\w]+):)?[\s{]*(.*?)\s*", line).groups()
         if label:
-            labels[label] = len(lines)
+            labels.setdefault(label, []).append(len(lines))
         if text.startswith(".branchtargets"):
             tables[label] = re.findall(r"[$\w]+", text.partition(" ")[2])
         guard, text = re.fullmatch(r"(@\S+\s+)?(.*)", text).groups()
@@ -95,11 +101,9 @@ def instructions(ptx: str) -> list[Instruction]:
     def following(at: int) -> tuple[int, ...]:
         text, guarded = lines[at]
         name, *operands = text.split()
-        targets = []
-        if name.startswith("bra"):
-            targets = [labels[operands[0]]]
-        elif name.startswith("brx"):
-            targets = [labels[label] for label in tables[operands[-1]]]
+        names = operands[:1] if name.startswith("bra") else tables[operands[-1]] if name.startswith("brx") else []
+        # A label in a block of its own may be there several times.
+        targets = [min(labels[label], key=lambda place: abs(place - at)) for label in names]
         ends = name.startswith(("bra", "brx")) or name in ("ret", "exit", "trap")
         return (*targets, *([at + 1] if guarded or not ends else []))
 
