@@ -1,10 +1,10 @@
 """What is measured of a kind of GPU, and what that says of a convolution that is not among the measured ones.
 
 ``measured/<gpu>.json`` holds, for each measured case, the device's time of every plan of ours that was exact enough,
-packing the weight included, and of the best of eager, Inductor and Inductor max-autotune. ``python -m
-benchmarks.evidence`` writes it from the benchmarks' results. A convolution is judged by the two measured cases most like it, in halvings and
-doublings of their sizes: both must speak for a plan of ours. A single near case must show a march to be far faster;
-where there is none, nothing is claimed.
+packing the weight included, and of the best of eager, Inductor and Inductor max-autotune. It is written from the
+benchmarks' results by ``python -m benchmarks.evidence``. A convolution is judged by the two measured cases most like
+it, in halvings and doublings of their sizes: both must speak for a plan of ours. A single near case must show a march
+to be far faster; where there is none, nothing is claimed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LEAST_SPEEDUP_ALONE = 1.5
 
 @dataclass(frozen=True)
 class Case:
-    """A measured convolution of an x of ``shape``: milliseconds of ``plans`` that were exact enough and of its ``peer``."""
+    """A measured convolution of an x of ``shape``: milliseconds of the exact enough ``plans``, and of the ``peer``."""
 
     name: str
     problem: Problem
