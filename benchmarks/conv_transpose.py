@@ -31,7 +31,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -256,7 +256,7 @@ class Row:
         for name in inductor:
             # Without CUDA graphs of their own, since every contender is run as one.
             mode = "max-autotune-no-cudagraphs" if name.endswith("autotune") else None
-            model = twin(self.model, name.replace(" ", "_").replace("-", "_"))
+            model = twin(self.model, name)
             compiled = torch.compile(model, mode=mode, fullgraph=True, dynamic=False)
             contenders[name] = lambda compiled=compiled: compiled(self.x)
         return contenders
@@ -303,8 +303,8 @@ class Row:
         if self.times_host:
             torch._dynamo.reset()  # what was compiled for other rows since, which guards would have to tell apart
             runs = {name: run for name, run in self.compiled.items() if name in self.correct}
-            for name, us in host_us(runs).items():
-                columns[name]["host_us"] = us
+            for name, times in in_turn(runs, "cuda", most=100, host="alone").items():
+                columns[name]["host_us"] = round(statistics.median(times) * 1e3, 1)
                 columns[name]["peak_bytes"] = peak_bytes(runs[name])
         best = min((columns[name]["ms"] for name in PEERS if name in self.correct), default=math.nan)
         moved = self.x.nbytes + self.out.nbytes + self.weight.nbytes
@@ -342,20 +342,6 @@ def as_graph(run: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         run()
     return lambda kept=run: graph.replay()  # what ``run`` holds must live as long as the graph, which reads it
-
-
-def host_us(runs: Mapping[str, Callable[[], object]], rounds: int = 100) -> dict[str, float]:
-    """Microseconds that the host takes over a call that it does not wait for: medians, the contenders in turn."""
-    for run in runs.values():  # compiles anew
-        run()
-    names, times = list(runs), {name: [] for name in runs}
-    for first in range(rounds):
-        for name in names[first % len(names) :] + names[: first % len(names)]:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            runs[name]()
-            times[name].append((time.perf_counter() - start) * 1e6)
-    return {name: round(statistics.median(each), 1) for name, each in times.items()}
 
 
 def is_ours(name: str) -> bool:

@@ -39,19 +39,26 @@ def in_turn(
     device: str,
     seconds: float = 1.0,
     most: int = 100,
-    host: Literal["beside", "ahead", "waited for"] = "beside",
+    host: Literal["beside", "ahead", "waited for", "alone"] = "beside",
 ) -> dict[str, list[float]]:
     """Milliseconds of each call: every contender once a round, as many rounds (10 to ``most``) as fit in ``seconds``.
 
     Each round begins with another contender, so that none always follows the same one. On a GPU the time is its own,
     from the first kernel to the last, where the ``host`` may be late; or the host is "ahead", all kernels being queued
-    before the first begins; or it is "waited for", and what is measured is the time on the wall.
+    before the first begins; or it is "waited for", and what is measured is the time on the wall; or the host's own time
+    "alone" is measured, the GPU being waited for before each call.
     """
     if not contenders:
         return {}
     if device == "cuda":
         cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device=device)
-        once = {"beside": _once_on_gpu, "ahead": _once_behind_host, "waited for": _once_with_host}[host](cache)
+        ways = {
+            "beside": _once_on_gpu,
+            "ahead": _once_behind_host,
+            "waited for": _once_with_host,
+            "alone": _once_on_host,
+        }
+        once = ways[host](cache)
     else:
         once = _once_on_cpu
     for run in contenders.values():
@@ -117,6 +124,15 @@ def _once_with_host(cache: Tensor) -> Callable[[Callable[[], object]], float]:
         run()
         torch.cuda.synchronize()
         return (time.perf_counter() - start) * 1e3
+
+    return once
+
+
+def _once_on_host(cache: Tensor) -> Callable[[Callable[[], object]], float]:
+    def once(run: Callable[[], object]) -> float:
+        cache.zero_()
+        torch.cuda.synchronize()
+        return _once_on_cpu(run)
 
     return once
 

@@ -60,6 +60,7 @@ def twin(model: nn.Module, name: str) -> nn.Module:
     """A copy with a code object of its own: at each call Dynamo looks through all it has compiled of a code object."""
     copied = copy.deepcopy(model)
     forward = type(model).forward
+    name = name.replace(" ", "_").replace("-", "_")
     twins = types.FunctionType(
         forward.__code__.replace(co_name=name), forward.__globals__, name, forward.__defaults__, forward.__closure__
     )

@@ -132,7 +132,7 @@ class Row:
         if name == "eager":
             return self.model
         arguments = {key: value() if callable(value) else value for key, value in COMPILED[name].items()}
-        return torch.compile(twin(self.model, name.replace(" ", "_").replace("-", "_")), **ISOLATED, **arguments)
+        return torch.compile(twin(self.model, name), **ISOLATED, **arguments)
 
     def in_float64(self) -> list[Tensor]:
         """What the model returns at either end of the batch."""
